@@ -1,0 +1,38 @@
+"""Runs a network that carries LoRA adapters as if they were not there.
+
+A value model may share its transformer with a generator that is being fine-tuned. The value must stay that of
+the frozen network, so the prefix switches the adapters off. peft's own switch also clears `requires_grad` of
+the adapter weights, and setting it back marks frozen adapters as trainable; here only the flag that the
+layers' forward reads is changed, so a backward pass that is under way sees nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def adapters_off(*modules: nn.Module) -> Iterator[None]:
+    """Switches all LoRA layers inside `modules` off for the duration.
+
+    Raises:
+        ValueError: If an adapter is merged into the weights, where it cannot be switched off.
+    """
+    layers = [m for root in modules for m in root.modules() if hasattr(m, "_disable_adapters")]
+    for layer in layers:
+        if getattr(layer, "merged", False):
+            raise ValueError(
+                "a LoRA adapter is merged into the transformer that the backbone shares; unmerge it "
+                "(`unfuse_lora`), or load the backbone separately from its own folder"
+            )
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state

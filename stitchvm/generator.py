@@ -1,0 +1,272 @@
+"""A diffusion model that generates: its velocity under a prompt, its VAE, its text encoders.
+
+    u_t(z_t) = u(∅) + g·(u(prompt) − u(∅))          classifier-free guidance, g > 1
+
+The step loop belongs to the samplers. With the pipeline's own σ grid, an Euler loop over `velocity` gives the latents
+of `StableDiffusion3Pipeline` and `FluxPipeline` bit for bit (CPU, float32).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stitchvm.backbones.flux import image_ids, pack, pipeline_timestep, unpack
+from stitchvm.backbones.loading import parse_dtype, read_model_class
+from stitchvm.backbones.null_text import PromptStore, null_condition
+from stitchvm.backbones.text import DEFAULT_TOKENS, Condition, TextEncoders
+from stitchvm.hub import resolve
+from stitchvm.vae import VAE
+
+_FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+_WEIGHTS = [
+    "model_index.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer/diffusion_pytorch_model-*.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+]
+
+
+class Generator(nn.Module):
+    """An SD3- or FLUX-class generator, frozen until adapters are added to `transformer`.
+
+    Arguments:
+        path: A pipeline folder, a hub id, or "world:sd3".
+        dtype: The dtype of transformer and text encoders: "float32", "bfloat16" or "float16".
+        guidance_scale: The default g. SD3 and FLUX without guidance embedding: classifier-free guidance, off at 1.
+            FLUX.1-dev: the scale the distilled model is told (the pipeline's is 3.5), one network call.
+        text_tokens: The T5 length; the pipeline's by default (256 for SD3, 512 for FLUX).
+        prompt_cache: A folder where the conditions of prompts are kept; in memory only if None.
+        prompts_in_memory: How many conditions are kept in (CPU) memory; the oldest go first.
+        vae_dtype: The VAE's dtype.
+        gradient_checkpointing: Whether blocks are run again in the backward pass.
+        revision: The hub revision.
+
+    Attributes:
+        id: What it was loaded from.
+        family: "sd3" or "flux".
+        vae: The VAE.
+        transformer: The diffusers transformer.
+
+    Raises:
+        FileNotFoundError: If the model cannot be found.
+        ValueError: If it is of neither family.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "float32",
+        guidance_scale: float = 1.0,
+        text_tokens: int | None = None,
+        prompt_cache: str | None = None,
+        prompts_in_memory: int = 256,
+        vae_dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        import diffusers
+
+        torch_dtype = parse_dtype(dtype)
+        folder = resolve(path, allow_patterns=_WEIGHTS, revision=revision)
+        class_name = read_model_class(path, folder)
+        if class_name not in _FAMILIES:
+            raise ValueError(
+                f"'{path}' holds a {class_name}, expected one of {', '.join(_FAMILIES)}: other "
+                "families need a file of their own beside this one"
+            )
+        self.id, self.family, self.guidance_scale = (
+            str(path),
+            _FAMILIES[class_name],
+            guidance_scale,
+        )
+        self.vae = VAE(path, dtype=vae_dtype, revision=revision)
+        self.transformer: Any = getattr(diffusers, class_name).from_pretrained(
+            folder, subfolder="transformer", torch_dtype=torch_dtype, use_safetensors=True
+        )
+        self.requires_grad_(False)
+        self.eval()
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.text_tokens = text_tokens or DEFAULT_TOKENS[self.family]
+        self._encoders = TextEncoders(path, self.family, self.text_tokens, torch_dtype, revision)
+        self._store = PromptStore(self._encoders, prompt_cache) if prompt_cache else None
+        self._kept: OrderedDict[str, Condition] = OrderedDict()
+        self._limit = prompts_in_memory
+        self._null: Condition | None = None
+
+    # Sizes.
+
+    @property
+    def latent_channels(self) -> int:
+        """The channels C of the latents."""
+        return self.vae.latent_channels
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels per token along each axis: height and width are multiples of it."""
+        return 2 if self.family == "flux" else self.transformer.config.patch_size
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """The latent height and width the model was made for (the pipeline's default)."""
+        if self.family == "sd3":
+            side = self.transformer.config.sample_size
+        else:  # the transformer's configuration has no size; the published VAE's gives the pipeline's 128
+            side = self.vae.network.config.sample_size // self.vae.factor
+        return side, side
+
+    # Prompts.
+
+    @property
+    def null(self) -> Condition:
+        """The condition of the empty prompt with B = 1, for guidance and for backbones."""
+        if self._null is None:
+            self._null = null_condition(self._encoders)
+        return self._null
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Returns the condition of B prompts, on the transformer's device.
+
+        Prompts that are not in the cache are encoded in one batch.
+
+        Raises:
+            ValueError: If there are no prompts.
+        """
+        texts = list(prompts)
+        known = {text: c for text in texts if (c := self._lookup(text)) is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing or not texts:
+            encoded = self._encoders(missing, device=self.device)
+            for number, text in enumerate(missing):
+                condition = encoded.select(slice(number, number + 1)).to("cpu")
+                known[text] = condition
+                if self._store is not None:
+                    self._store.put(text, condition)
+        for text, condition in known.items():
+            self._kept[text] = condition
+            self._kept.move_to_end(text)
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+        return Condition.cat([known[text] for text in texts]).to(self.device)
+
+    def free_text_encoders(self) -> None:
+        """Frees the text encoders, after seeing to the empty prompt; cached prompts stay usable."""
+        _ = self.null
+        self._encoders.free()
+
+    def _lookup(self, text: str) -> Condition | None:
+        """Returns a condition from memory or disk."""
+        if text in self._kept:
+            return self._kept[text]
+        return self._store.get(text) if self._store is not None else None
+
+    # The velocity.
+
+    def velocity(
+        self, z_t: Tensor, t: Tensor, cond: Condition, guidance_scale: float | None = None
+    ) -> Tensor:
+        """Returns u_t(z_t) under the prompts with shape (B, C, H, W), in the dtype of z_t.
+
+        Arguments:
+            z_t: Noisy latents, with shape (B, C, H, W); cast to the network's dtype.
+            t: Noise levels in [0, 1], with shape (B,), float32.
+            cond: The conditions of B prompts (or of one, for all).
+            guidance_scale: g; the generator's own by default.
+
+        Raises:
+            ValueError: If latents, noise levels and conditions do not fit together or the model.
+        """
+        self._check(z_t, t, cond)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        cond = cond.to(self.device, self.dtype)
+        cond = cond.repeat(len(z_t)) if len(cond) == 1 else cond
+        run = self._sd3 if self.family == "sd3" else self._flux
+        with torch.autocast(z_t.device.type, enabled=False):
+            return run(z_t.to(self.dtype), t.float(), cond, scale).to(z_t.dtype)
+
+    forward = velocity
+
+    def _sd3(self, z_t: Tensor, t: Tensor, cond: Condition, scale: float) -> Tensor:
+        """SD3: both branches in one batch, [empty, prompt], as in the pipeline."""
+        if scale <= 1:
+            return self._call_sd3(z_t, t, cond)
+        null = self.null.to(self.device, self.dtype).repeat(len(z_t))
+        both = self._call_sd3(
+            torch.cat([z_t, z_t]), torch.cat([t, t]), Condition.cat([null, cond])
+        )
+        u_null, u_prompt = both.chunk(2)
+        return u_null + scale * (u_prompt - u_null)
+
+    def _call_sd3(self, z_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """One call of an SD3 transformer; its timestep is 1000·t in float32."""
+        return self.transformer(
+            hidden_states=z_t,
+            timestep=1000 * t,
+            encoder_hidden_states=cond.tokens,
+            pooled_projections=cond.pooled,
+            return_dict=False,
+        )[0]
+
+    def _flux(self, z_t: Tensor, t: Tensor, cond: Condition, scale: float) -> Tensor:
+        """FLUX: g is an input of a guidance-distilled model; others run the empty prompt separately."""
+        if self.transformer.config.guidance_embeds:
+            return self._call_flux(z_t, t, cond, torch.full_like(t, scale))
+        u_prompt = self._call_flux(z_t, t, cond, None)
+        if scale <= 1:
+            return u_prompt
+        null = self.null.to(self.device, self.dtype).repeat(len(z_t))
+        u_null = self._call_flux(z_t, t, null, None)
+        return u_null + scale * (u_prompt - u_null)
+
+    def _call_flux(
+        self, z_t: Tensor, t: Tensor, cond: Condition, guidance: Tensor | None
+    ) -> Tensor:
+        """One call of a FLUX transformer on packed latents."""
+        grid = (z_t.shape[2] // 2, z_t.shape[3] // 2)
+        tokens = self.transformer(
+            hidden_states=pack(z_t),
+            timestep=pipeline_timestep(t, self.dtype),
+            guidance=guidance,
+            encoder_hidden_states=cond.tokens,
+            pooled_projections=cond.pooled,
+            txt_ids=z_t.new_zeros(cond.tokens.shape[1], 3),
+            img_ids=image_ids(grid, z_t),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, grid)
+
+    def _check(self, z_t: Tensor, t: Tensor, cond: Condition) -> None:
+        """Raises ValueError unless latents, noise levels and conditions fit."""
+        got = tuple(z_t.shape)
+        if z_t.ndim != 4 or got[1] != self.latent_channels:
+            raise ValueError(
+                f"latents have shape {got}, expected (B, {self.latent_channels}, H, W) for {self.id}: latents of "
+                "another model's VAE do not work here"
+            )
+        if got[2] % self.patch or got[3] % self.patch:
+            raise ValueError(
+                f"latents have shape {got}, expected height and width divisible by {self.patch}: choose "
+                f"an image size divisible by {self.patch * self.vae.factor}"
+            )
+        if t.shape != got[:1] or len(cond) not in (1, got[0]):
+            raise ValueError(
+                f"{got[0]} latents with noise levels of shape {tuple(t.shape)} and {len(cond)} prompts: expected "
+                f"({got[0]},) and {got[0]} (or 1 prompt for all); repeat prompts with cond.repeat(n)"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's dtype."""
+        return self.transformer.context_embedder.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The transformer's device."""
+        return self.transformer.context_embedder.weight.device
