@@ -15,10 +15,15 @@ class LatentBackbone(Backbone):
 
     Arguments:
         channels: The channels C of the latents (16 for SD 3.5 and FLUX).
+        max_depth: As for every backbone; the only depth there is is 0.
     """
 
-    def __init__(self, channels: int = 16) -> None:
+    def __init__(self, channels: int = 16, max_depth: int | None = None) -> None:
         super().__init__()
+        if max_depth:
+            raise ValueError(
+                f"max_depth = {max_depth}: the latent backbone has no blocks; stitch it at i = 0"
+            )
         if channels < 1:
             raise ValueError(
                 f"channels = {channels}, expected at least 1: the VAE's latent channels"

@@ -1,0 +1,47 @@
+# StitchVM: `make demo` and `make test` do their own set-up.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test test-all lint format types world search-study bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed ## Make .venv/ with everything in it
+
+demo: install ## The embedded world: search, distil, test against both baselines, draw (minutes on 2 cores)
+	$(BIN)/python -m stitchvm.world.demo
+
+test: install ## The quick tests: CPU, offline
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu' -n 2
+
+test-all: install ## Every test that needs no GPU, real processes and DDP / FSDP2 included
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+lint: install ## ruff: lint and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## ruff: mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install ## mypy
+	$(BIN)/mypy
+
+world: install ## Train every network of the embedded world from scratch (hours on 2 cores; resumes)
+	$(BIN)/python -m stitchvm.world.train --stage all
+
+bench: install ## Stage 1 and stage 2 on the world: images/s, its split, utilisation
+	$(BIN)/python benchmarks/distillation.py
+
+clean: ## Remove caches and runs/ (asks first)
+	@read -p "remove runs/ and caches? [y/N] " answer && [ "$$answer" = y ] && rm -rf runs .pytest_cache .ruff_cache .mypy_cache

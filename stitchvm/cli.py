@@ -1,0 +1,56 @@
+"""The command line. This file imports the standard library only, so that `--help` and `--version` are quick."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+from stitchvm._version import __version__
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "search": "Stage 1: measure every stitch point (i, j), write search.json and heat maps.",
+    "fit": "Train what the config names, for example distil a value model (stage 2).",
+    "validate": "Measure the validation losses of a checkpoint.",
+    "test": "Measure retrieval, preference or aesthetics at several noise levels.",
+    "predict": "Write a module's predictions for a data set.",
+}
+
+HELP = f"""usage: stitchvm [--help] [--version] COMMAND [--config FILE] [--KEY VALUE ...]
+
+Value models for noisy diffusion latents, stitched from clean-image rewards (arXiv 2605.19804).
+
+commands:
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+A run is a YAML file; every value can be overridden:
+  stitchvm fit --config configs/distill_world.yaml --trainer.max_steps 100
+  stitchvm fit --config configs/distill_world.yaml --ckpt_path last     (goes on where it stopped)
+  stitchvm test --config configs/eval_world_clip.yaml
+  stitchvm COMMAND --help          all options of a command
+  stitchvm COMMAND --config FILE --print_config      the composed configuration
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line `stitchvm` with `args`, or with the process's own arguments if None."""
+    argv = sys.argv[1:] if args is None else list(args)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    if argv[0] == "--version":
+        print(f"stitchvm {__version__}")
+        return
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(
+            f"stitchvm: error: unknown command {argv[0]!r}{hint} Commands: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+    from stitchvm.lightning_cli import run
+
+    run(argv)

@@ -1,0 +1,112 @@
+"""The position in the stream of training batches, and how a resume finds it.
+
+The stream is epoch after epoch in the order that (seed, epoch) fixes. The Trainer counts batches
+(`fit_loop.epoch_loop.batch_progress`) and restores the count from a checkpoint. The training loader reads epoch and
+count when its first batch is wanted, and the sampler begins there: no batch is drawn to be thrown away, and a module
+has to do nothing for it. A checkpoint holds, under the data module's class name, what Lightning does not know:
+
+- the position of the last batch handed over. A run that ended in the middle of an epoch by `max_steps` is recorded by
+  Lightning as having finished that epoch; when it is taken up with more steps, the epoch's remaining batches come
+  first, and later epochs of the data are one behind Lightning's (`shift`; a batch's `epoch` is that of the data).
+- the global batch B·W. With another one, Lightning's count of batches is converted, so that the run goes on at the
+  same sample, rounded down to a whole global batch.
+- seed and length of the data set: if they differ, the order cannot be continued and a warning says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Stream:
+    """The position in the training batches of one run.
+
+    Arguments:
+        seed: The seed of the order.
+        num_samples: The length of the training set.
+        global_batch: Samples per step on all devices, B·W.
+    """
+
+    def __init__(self, seed: int, num_samples: int, global_batch: int) -> None:
+        self.seed = seed
+        self.num_samples = num_samples
+        self.global_batch = global_batch
+        self.position = (0, 0)
+        self.shift = 0
+        self._resumed: tuple[int, int] | None = None
+
+    def record(self, epoch: int, batch: int) -> None:
+        """Notes that batches up to `batch` of `epoch` have been handed over."""
+        self.position = epoch, batch
+
+    def start(self, trainer: Trainer) -> tuple[int, int]:
+        """Returns the (epoch, batch) to begin at; to be called when the Trainer wants an iteration's first batch."""
+        if trainer.overfit_batches:  # always the same batches
+            return 0, 0
+        loop = trainer.fit_loop
+        epoch, batch = trainer.current_epoch, loop.epoch_loop.batch_progress.current.ready
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and 0 < resumed[1] < loop.max_batches:
+            self.shift = resumed[0] - epoch
+            return resumed
+        return epoch + self.shift, batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position and what it depends on, as plain integers."""
+        return {
+            "epoch": self.position[0],
+            "batch": self.position[1],
+            "shift": self.shift,
+            "seed": self.seed,
+            "num_samples": self.num_samples,
+            "global_batch": self.global_batch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a position, in batches of the present size; warns if it is one in another order."""
+        if (state["seed"], state["num_samples"]) != (self.seed, self.num_samples):
+            warnings.warn(
+                f"The checkpoint was written with seed {state['seed']} and {state['num_samples']} training images,"
+                f" this run has seed {self.seed} and {self.num_samples}: the order of the images is a new one.",
+                stacklevel=2,
+            )
+            return
+        self.shift = state["shift"]
+        self.position = self._resumed = state["epoch"], self.convert(state["batch"], state)
+
+    def convert(self, batches: int, state: dict[str, Any]) -> int:
+        """Returns how many present batches are the `batches` of an epoch consumed by the run of `state`."""
+        if (
+            batches >= state["num_samples"] // state["global_batch"]
+        ):  # a whole epoch, whose tails may differ
+            return self.num_samples // self.global_batch
+        return batches * state["global_batch"] // self.global_batch
+
+
+class ConvertProgress(Callback):
+    """Converts Lightning's count of batches in a checkpoint that was written with another global batch.
+
+    Arguments:
+        key: The data module's key in the checkpoint.
+        stream: Returns the present run's stream.
+    """
+
+    def __init__(self, key: str, stream: Callable[[], Stream]) -> None:
+        self.key = key
+        self.stream = stream
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Changes the counts of the current epoch in `checkpoint`, before the loops read them."""
+        state = checkpoint.get(self.key)
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if not state or progress is None:
+            return
+        current = progress["current"]
+        step = self.stream().convert(current["ready"], state) - current["ready"]
+        progress["current"] = {key: count + step for key, count in current.items()}

@@ -1,0 +1,198 @@
+"""One LightningCLI for every command; imported by `cli.py` once a command is known.
+
+Differences from the stock one: only the asked command's parser is built; `search` is a command; the log folder *is*
+`trainer.default_root_dir`; a folder that holds an earlier run is never written over; errors are one message.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+# Lightning 2.6 calls parser methods that jsonargparse renames in 5.0; users can do nothing about it
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+__all__ = ["StitchCLI", "StitchTrainer", "run"]
+
+
+class StitchTrainer(Trainer):
+    """Lightning's Trainer and stage 1."""
+
+    def search(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Runs stage 1 over all stitch points and writes search.json and heat maps."""
+        run_search = getattr(model, "run_search", None)
+        if run_search is None:
+            raise ValueError(
+                f"{type(model).__name__} has no stage 1; `search` takes a distillation config, such as "
+                "configs/distill_world.yaml"
+            )
+        self.strategy.connect(model)
+        self.state.fn, self.state.status = TrainerFn.FITTING, TrainerStatus.RUNNING
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        from stitchvm.search import CRITERIA
+        from stitchvm.tables import records_to_text
+
+        result = run_search()
+        path = model.save_search(result)
+        for criterion, key in CRITERIA.items():
+            if result.records[0][key] is None:
+                continue
+            print(records_to_text(result.records, rows=("j",), column="i", value=key, digits=4))
+            print(f"lowest {criterion} loss: (i, j) = {result.best(criterion)}\n")
+        print(f"wrote {path}; next: stitchvm fit with the same config goes on from here")
+
+
+def condensed(message: str) -> str:
+    """Returns jsonargparse's report without the types that were tried and the values that were given."""
+    noise = (
+        "Does not validate against",
+        "Subtypes:",
+        "Errors:",
+        "- Expected a <class 'NoneType'>",
+    )
+    kept: list[str] = []
+    for line in message.splitlines():
+        if line.strip().startswith("Given value"):
+            break
+        if line.strip() and not line.strip().startswith(noise):
+            kept.append(line.strip().removeprefix("- "))
+    return "\n  ".join(kept) or message
+
+
+class StitchParser(LightningArgumentParser):
+    """A parser whose errors are short: what was wrong, not every type that was tried."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the innermost part of an error and exits with code 2."""
+        if os.environ.get("JSONARGPARSE_DEBUG") and ex is not None:
+            raise ex
+        sys.stderr.write(f"stitchvm: error: {condensed(str(message))}\n")
+        sys.stderr.write(
+            "(all options: stitchvm COMMAND --help; the trace: JSONARGPARSE_DEBUG=1)\n"
+        )
+        raise SystemExit(2)
+
+
+class StitchCLI(LightningCLI):
+    """The command line over LightningModules and LightningDataModules named by `class_path`."""
+
+    def __init__(self, args: ArgsType = None, command: str | None = None, **kwargs: Any) -> None:
+        self.command = command
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=StitchTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},  # our own check comes first
+            parser_class=StitchParser,
+            load_from_checkpoint_support=False,
+            args=args,
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Adds `search` to Lightning's commands."""
+        return {**LightningCLI.subcommands(), "search": {"model", "datamodule"}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Builds the parser of the asked command only: each takes a good part of a second."""
+        every = self.subcommands()
+        wanted = {self.command: every[self.command]} if self.command in every else every
+        self.subcommands = lambda: wanted  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses a folder that holds an earlier run, before anything is built."""
+        if self.subcommand not in ("fit", "search"):
+            return
+        config = self.config[self.subcommand]
+        if config.trainer.fast_dev_run or config.get("ckpt_path"):
+            return
+        folder = Path(config.trainer.default_root_dir or ".")
+        left = "search.json" if self.subcommand == "search" else "checkpoints"
+        if (folder / left).exists():
+            how = (
+                "delete it"
+                if self.subcommand == "search"
+                else "go on from it with --ckpt_path last"
+            )
+            raise FileExistsError(
+                f"{folder / left} is left from an earlier run: {how}, or choose another folder with "
+                "--trainer.default_root_dir"
+            )
+
+    def after_instantiate_classes(self) -> None:
+        """Hands the composed configuration to modules that write it beside their results."""
+        if hasattr(self.model, "run_config"):
+            self._dump_config()
+            self.model.run_config = yaml.safe_dump(self.config_dump)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Logs into `default_root_dir` itself, so that one run is one folder."""
+        trainer_config = self._get(self.config_init, "trainer", default={})
+        root = trainer_config.get("default_root_dir") or "."
+        if trainer_config.get("logger") in (None, True) and self.subcommand == "fit":
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="")
+        elif trainer_config.get("logger") in (None, True):
+            kwargs["logger"] = False
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        return super().instantiate_trainer(**kwargs)
+
+
+def quiet() -> None:
+    """Silences warnings about what this project does on purpose."""
+    for text in (
+        ".*args parameter is intended to run from within Python.*",  # `main(args)` is our API
+        ".*module.s. in eval mode at the start of training.*",  # the frozen networks
+        ".*isinstance.treespec, LeafSpec.* is deprecated.*",  # inside Lightning
+        ".*Checkpoint directory .* exists and is not empty.*",  # resuming: checked before
+        ".*does not have many workers.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def run(argv: list[str]) -> None:
+    """Parses `argv` and runs its command; a user's mistake ends in one message and exit code 1 or 2."""
+    quiet()
+    try:
+        args = None if argv == sys.argv[1:] else argv
+        StitchCLI(args=args, command=argv[0], save_config_callback=SaveConfigCallback)
+    except (ValueError, OSError) as error:
+        wrapped = str(error).startswith(
+            "Does not validate against"
+        )  # by the parser, while building
+        if os.environ.get("STITCHVM_DEBUG") or not (wrapped or _ours(error)):
+            raise
+        message = condensed(str(error)) if wrapped else str(error)
+        print(f"stitchvm: error: {message}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether the error was raised by this package: then its message says cause and remedy."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = Path(__file__).parent
+    return bool(frames) and package in Path(frames[-1].filename).parents

@@ -1,0 +1,49 @@
+"""What a checkpoint holds: everything that training changes, and nothing pretrained.
+
+A module mixes in `LeanCheckpoint` and names the prefixes of its frozen, pretrained parts. Their keys are dropped
+when a checkpoint is written; when one is read, every other key must be there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+__all__ = ["LeanCheckpoint"]
+
+
+class LeanCheckpoint(LightningModule):
+    """A LightningModule whose checkpoints leave out the parts named in `pretrained_prefixes`."""
+
+    pretrained_prefixes: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # ours is in on_load_checkpoint: it knows what must be there
+
+    def _own(self, key: str) -> bool:
+        return not key.startswith(self.pretrained_prefixes)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops the pretrained weights."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in state if self._own(key)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Requires every trained weight, by name and shape."""
+        state = checkpoint["state_dict"]
+        own = {key: value for key, value in self.state_dict().items() if self._own(key)}
+        missing = sorted(own.keys() - state.keys())
+        unknown = sorted(state.keys() - own.keys())
+        wrong = [
+            f"{key} {tuple(state[key].shape)} (expected {tuple(own[key].shape)})"
+            for key in sorted(own.keys() & state.keys())
+            if state[key].shape != own[key].shape
+        ]
+        if missing or unknown or wrong:
+            raise ValueError(
+                f"the checkpoint does not fit this {type(self).__name__}: missing {missing[:5]} "
+                f"({len(missing)}), unknown {unknown[:5]} ({len(unknown)}), wrong shape {wrong[:5]}. It was "
+                "made with another configuration: use the config.yaml beside the checkpoint."
+            )

@@ -1,0 +1,184 @@
+"""Stage 1 inside a Lightning run: probe images from the data module, `search.json`, the closed-form start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, device
+
+from stitchvm.backbones.base import Backbone
+from stitchvm.data.module import DataModule
+from stitchvm.results import write_results
+from stitchvm.rewards.base import Reward
+from stitchvm.search import CRITERIA, SearchResult, search
+from stitchvm.vae import VAE
+
+__all__ = ["ClosedFormStart", "StageOne", "read_stitch_point"]
+
+SEARCH_FILE = "search.json"
+
+
+@dataclass
+class ClosedFormStart:
+    """Where a stitched model starts: (i, j), W* (D_r, D_u), b* (D_r,), the mean class token (D_r,)."""
+
+    stitch_point: tuple[int, int]
+    W: Tensor
+    b: Tensor
+    class_token: Tensor
+
+
+class StageOne:
+    """Stage 1 with the settings of a run.
+
+    Arguments:
+        backbone: Makes the backbone; called with `max_depth`.
+        reward: Makes the reward.
+        vae: Makes the VAE.
+        js: The reward blocks that are tried.
+        criterion: "feature" (the paper's choice) or "embedding".
+        num_probes: The images that are fitted.
+        num_held_out: The images the losses are measured on.
+        num_end_probes: The held-out images of the "embedding" criterion.
+        seed: Seeds noise and noise levels.
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[], Backbone],
+        reward: Callable[[], Reward],
+        vae: Callable[[], VAE],
+        *,
+        js: tuple[int, ...] = (1, 2, 3, 4),
+        criterion: str = "feature",
+        num_probes: int = 200,
+        num_held_out: int = 200,
+        num_end_probes: int = 32,
+        seed: int = 0,
+    ) -> None:
+        if criterion not in CRITERIA:
+            raise ValueError(f"search_criterion {criterion!r}: expected one of {sorted(CRITERIA)}")
+        if criterion == "embedding" and num_end_probes < 1:
+            raise ValueError("search_criterion 'embedding' needs num_end_probes of at least 1")
+        self.backbone, self.reward, self.vae = backbone, reward, vae
+        self.criterion = criterion
+        self.settings: dict[str, Any] = {
+            "js": js,
+            "num_probes": num_probes,
+            "num_held_out": num_held_out,
+            "num_end_probes": num_end_probes,
+            "seed": seed,
+        }
+
+    def run(
+        self,
+        datamodule: LightningDataModule | None,
+        on: device,
+        depths: list[int] | None = None,
+        **override: Any,
+    ) -> SearchResult:
+        """Searches on the first images of the data module's validation loader.
+
+        Raises:
+            ValueError: If there is no data module, or too few images in it.
+        """
+        max_depth = max(depths) if depths is not None else None
+        backbone = cast(Callable[..., Backbone], self.backbone)(max_depth=max_depth).to(on)
+        reward, vae = self.reward().to(on), self.vae().to(on)
+        settings = self.settings | override
+        num_images = settings["num_probes"] + settings["num_held_out"]
+        return search(
+            _probe_pixels(datamodule, num_images),
+            vae.encode,
+            backbone,
+            reward,
+            depths=depths,
+            **settings,
+        )
+
+    def start(
+        self,
+        datamodule: LightningDataModule | None,
+        on: device,
+        folder: Path,
+        stitch_point: tuple[int, int] | None,
+        config: str | None = None,
+    ) -> ClosedFormStart:
+        """Returns the closed-form start at `stitch_point`, or at the point in `folder`'s search.json, or
+        at the one that a search finds now (which is then written into `folder`)."""
+        found = folder / SEARCH_FILE
+        if stitch_point is None and found.is_file():
+            stitch_point = read_stitch_point(found)
+            rank_zero_info(f"stitch point (i, j) = {stitch_point} from {found}")
+        if stitch_point is None:
+            rank_zero_info("no stitch point given: stage 1 measures all of them")
+            result = self.run(datamodule, on)
+            self.save(result, folder, config)
+            stitch_point = result.best(self.criterion)
+        else:
+            i, j = stitch_point
+            result = self.run(datamodule, on, [i], js=(j,), num_held_out=0, num_end_probes=0)
+        i, j = stitch_point
+        W, b = result.closed_form(i, j)
+        rank_zero_info(f"stitching after backbone block i = {i}, before reward block j = {j}")
+        return ClosedFormStart(
+            (i, j), W.float().cpu(), b.float().cpu(), result.class_tokens[j].cpu()
+        )
+
+    def save(self, result: SearchResult, folder: Path, config: str | None = None) -> Path:
+        """Writes `search.json` and the heat maps of Figure 6; never over an earlier one.
+
+        Raises:
+            FileExistsError: If `folder` has a search.json already.
+        """
+        from stitchvm.plots import heatmap
+
+        path = folder / SEARCH_FILE
+        settings = self.settings | {"js": list(self.settings["js"])}
+        write_results(
+            path,
+            result.records,
+            config=config,
+            extra={
+                "stitch_point": list(result.best(self.criterion)),
+                "criterion": self.criterion,
+                "settings": settings,
+                "timing": result.timing,
+            },
+        )
+        heatmap(
+            result.records,
+            folder / "search.png",
+            selected=result.best(self.criterion),
+            title=f"stage 1, chosen by the {self.criterion} loss",
+        )
+        return path
+
+
+def _probe_pixels(datamodule: LightningDataModule | None, num_images: int) -> Iterator[Tensor]:
+    if not isinstance(datamodule, DataModule):
+        raise ValueError(
+            f"stage 1 takes its probe images from a stitchvm.data DataModule, got {type(datamodule).__name__}: "
+            "name one under data:, such as stitchvm.data.images.ImageFolder"
+        )
+    for batch in datamodule.probe_dataloader(num_images):
+        yield batch["pixels"]
+
+
+def read_stitch_point(path: Path) -> tuple[int, int]:
+    """Returns (i*, j*) of a search.json.
+
+    Raises:
+        ValueError: If the file is not what `stitchvm search` writes.
+    """
+    try:
+        i, j = json.loads(path.read_text())["stitch_point"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not what `stitchvm search` writes ({error})") from error
+    return int(i), int(j)

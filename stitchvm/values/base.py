@@ -1,0 +1,192 @@
+"""The contract of a value: how good will a noisy latent become?
+
+    Ṽ_t(z_t) = E[r(z_0) | z_t]        Eq. (46), (49)
+
+Every alignment algorithm takes any value, bound to prompts: `v = value.bind(prompts)`, `v(z_t, t) -> (B,)`,
+differentiable in z_t where the estimator is. What stands behind it is an image embedding of the noisy
+latent, `embed(z_t, t) -> (B, E)`, scored by the reward against the prompts' text embeddings.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stitchvm.rewards.base import Reward
+
+BoundValue = Callable[[Tensor, Tensor], Tensor]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class VelocityModel(Protocol):
+    """What a value asks of a generator: a VAE, prompts' conditions and the velocity u_t(z_t).
+
+    Attributes:
+        vae: The VAE.
+        null: The condition of the empty prompt, for all samples of a batch.
+    """
+
+    vae: Any
+
+    @property
+    def null(self) -> Any:
+        """The condition of the empty prompt."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        """Returns the condition that belongs to the prompts."""
+
+    def velocity(
+        self, z_t: Tensor, t: Tensor, cond: Any, guidance_scale: float | None = None
+    ) -> Tensor:
+        """Returns the velocity u_t(z_t), with the shape of z_t."""
+
+
+class Value(nn.Module, ABC):
+    """An estimator of the value at a noisy latent.
+
+    Attributes:
+        reward: The clean-image reward r whose value it estimates.
+        averages: Whether `embed` is an average of unit embeddings, whose length (below 1) matters.
+    """
+
+    averages: bool = False
+
+    def __init__(self, reward: Reward) -> None:
+        super().__init__()
+        self.reward = reward
+
+    @abstractmethod
+    def embed(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        *,
+        prompts: Sequence[str] | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Returns image embeddings with shape (B, E).
+
+        Arguments:
+            z_t: The noisy latents, with shape (B, C, H, W).
+            t: The noise levels σ_t = t in [0, 1], with shape (B,), float32.
+            prompts: What the generator is told of each sample, if the estimator asks a generator and
+                was made to use prompts; ignored otherwise.
+            generator: The randomness, one for all or one per sample, of estimators that need it.
+        """
+
+    def score(self, image: Tensor, text: Tensor | None = None) -> Tensor:
+        """Returns values with shape (B,) from what `embed` returned and text embeddings (B, E)."""
+        if self.averages:
+            return score_of_average(self.reward, image, text)
+        return self.reward.score(image, text)
+
+    def encode_text(self, prompts: Sequence[str] | None) -> Tensor | None:
+        """Returns the prompts' text embeddings (B, E), or None for a reward that reads no text.
+
+        Every distinct prompt is encoded once.
+
+        Raises:
+            ValueError: If the reward needs prompts and there are none.
+        """
+        if not self.reward.uses_text:
+            return None
+        if not prompts:
+            raise ValueError(
+                f"the reward {self.reward.id} compares images with text, but no prompts came: expected "
+                "one prompt per latent."
+            )
+        distinct = list(dict.fromkeys(prompts))
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        with torch.no_grad():
+            text = self.reward.encode_text(distinct)
+        return text[[place[prompt] for prompt in prompts]]
+
+    def bind(
+        self, prompts: Sequence[str] | None = None, *, generator: Generators = None
+    ) -> BoundValue:
+        """Returns v with v(z_t, t) -> (B,), the value of each latent for its prompt.
+
+        Arguments:
+            prompts: One prompt per latent, or a single one for all; None if the reward reads no text.
+            generator: The randomness of estimators that need it.
+
+        Raises:
+            ValueError: If prompts are missing; from v, if their number is not that of the latents.
+        """
+        prompts = list(prompts) if prompts is not None else None
+        text = self.encode_text(prompts)
+
+        def v(z_t: Tensor, t: Tensor) -> Tensor:
+            mine, lines = match(prompts, text, len(z_t))
+            return self._value(z_t, t, mine, lines, generator)
+
+        return v
+
+    def _value(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        prompts: Sequence[str] | None,
+        text: Tensor | None,
+        generator: Generators,
+    ) -> Tensor:
+        return self.score(self.embed(z_t, t, prompts=prompts, generator=generator), text)
+
+
+def match(
+    prompts: list[str] | None, text: Tensor | None, batch: int
+) -> tuple[list[str] | None, Tensor | None]:
+    """Returns the prompts and text embeddings of a batch: as they are, or a single one repeated.
+
+    Raises:
+        ValueError: If there are several prompts and not one per latent.
+    """
+    if prompts is None or len(prompts) == batch:
+        return prompts, text
+    if len(prompts) != 1:
+        raise ValueError(
+            f"the value is bound to {len(prompts)} prompts but was asked about {batch} latents: bind it "
+            "to one prompt per latent, or to a single prompt."
+        )
+    return prompts * batch, None if text is None else text.expand(batch, -1)
+
+
+def score_of_average(reward: Reward, mean: Tensor, text: Tensor | None = None) -> Tensor:
+    """Returns the average score of samples from the average of their unit embeddings.
+
+    Rewards that are affine in the unit embedding ẽ, r(ẽ) = a·ẽ + b, bring their argument to unit length.
+    With m the average, b = (r(m) + r(−m))/2 and the average score is b + ‖m‖·(r(m) − b): exact.
+
+    Arguments:
+        reward: A reward of the library.
+        mean: The averages, with shape (B, E).
+        text: The text embeddings, with shape (B, E), or None.
+
+    Raises:
+        ValueError: If the reward is not affine.
+    """
+    if not reward.affine:
+        raise ValueError(
+            f"the score of {reward.id} is not affine in the image embedding, so that an average embedding has "
+            "not the average score: bind the value to prompts and call that, which scores every sample."
+        )
+    ahead, behind = reward.score(mean, text), reward.score(-mean, text)
+    return (ahead + behind) / 2 + mean.norm(dim=-1) * (ahead - behind) / 2
+
+
+def same_level(t: Tensor, z_t: Tensor) -> Tensor:
+    """Returns t as float32 with shape (B,), on the latents' device.
+
+    Raises:
+        ValueError: If t has neither one entry nor one per latent, or lies outside [0, 1].
+    """
+    t = torch.as_tensor(t, device=z_t.device).float().reshape(-1)
+    if len(t) not in (1, len(z_t)):
+        raise ValueError(f"got {len(t)} noise levels for {len(z_t)} latents: expected one each.")
+    if bool(((t < 0) | (t > 1)).any()):
+        raise ValueError(f"noise levels lie in [0, 1]; got {t.min():.4g} to {t.max():.4g}.")
+    return t.expand(len(z_t))

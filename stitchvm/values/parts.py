@@ -1,0 +1,92 @@
+"""What values are built from, shared, and the light descriptions that build them.
+
+A YAML file names estimators by factories: small objects of plain numbers and paths that are made when the
+file is parsed and build nothing until they are called with `Parts`. All values of a run then share one
+reward, one generator and one VAE.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from stitchvm.rewards.base import Reward
+from stitchvm.values.base import Value, VelocityModel
+
+
+class Parts:
+    """The reward, generator and VAE of a run, each built when first asked for, once, frozen.
+
+    Arguments:
+        reward: Builds the reward.
+        generator: Builds the generator (`.velocity`, `.encode_prompts`, `.vae`).
+        vae: Builds the VAE; the generator's own by default.
+    """
+
+    def __init__(
+        self,
+        reward: Callable[[], Reward] | None = None,
+        generator: Callable[[], Any] | None = None,
+        vae: Callable[[], Any] | None = None,
+    ) -> None:
+        self._factories = {"reward": reward, "generator": generator, "vae": vae}
+        self._built: dict[str, Any] = {}
+
+    def _get(self, name: str) -> Any:
+        if name not in self._built:
+            factory = self._factories[name]
+            if factory is None:
+                raise ValueError(
+                    f"an estimator needs a {name}, but none is configured: give `{name}` beside the "
+                    "estimators."
+                )
+            self._built[name] = frozen(factory())
+        return self._built[name]
+
+    def has(self, name: str) -> bool:
+        """Returns whether "reward", "generator" or "vae" was built or can be."""
+        return name in self._built or self._factories[name] is not None
+
+    def offer_reward(self, reward: Reward) -> None:
+        """Takes a reward that a value model brought along, if none is configured."""
+        if not self.has("reward"):
+            self._built["reward"] = frozen(reward)
+
+    @property
+    def reward(self) -> Reward:
+        """The reward. Raises ValueError if none is configured; so do the other parts."""
+        return self._get("reward")
+
+    @property
+    def generator(self) -> VelocityModel:
+        """The generator."""
+        return self._get("generator")
+
+    @property
+    def vae(self) -> Any:
+        """The VAE: its own, else the generator's."""
+        if not self.has("vae") and self.has("generator"):
+            return self.generator.vae
+        return self._get("vae")
+
+
+class ValueFactory(ABC):
+    """A light description of a value; called with the run's parts, it builds it."""
+
+    @abstractmethod
+    def __call__(self, parts: Parts) -> Value:
+        """Returns the value, frozen and in evaluation mode."""
+
+    def sources(self) -> dict[str, str]:
+        """Returns what it loads from disk or hub beyond the parts: names to paths or ids."""
+        return {}
+
+
+def frozen(part: Any) -> Any:
+    """Returns the part in evaluation mode, its parameters without gradients (z_t still gets its own)."""
+    if isinstance(part, nn.Module):
+        part.eval().requires_grad_(False)
+    return part

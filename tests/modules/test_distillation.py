@@ -1,0 +1,138 @@
+"""The distillation module in this process: what it builds, trains, saves and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from stitchvm.cli import main
+from stitchvm.value_model import StitchedValueModel
+from tests.modules import runs
+
+
+def message(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line said on stderr, from its error on."""
+    said = capsys.readouterr().err
+    return said[said.index("stitchvm: error") :]
+
+
+@pytest.fixture
+def config(tiny_sd3, tiny_clip, tmp_path):
+    images = runs.write_images(tmp_path / "images")
+
+    def write(name: str = "run", trainer=None, data=None, **model):
+        made = runs.distillation_config(tiny_sd3, tiny_clip, images, tmp_path / name, **model)
+        made["trainer"] |= trainer or {}
+        made["data"]["init_args"] |= data or {}
+        return runs.write_config(made, tmp_path / f"{name}.yaml"), tmp_path / name
+
+    return write
+
+
+def test_fit_searches_distils_and_leaves_a_value_model(config):
+    path, root = config(stitch_point=None)
+    main(["fit", "--config", str(path)])
+    found = json.loads((root / "search.json").read_text())
+    assert {(r["i"], r["j"]) for r in found["records"]} == {
+        (i, j) for i in range(1, 6) for j in (1, 2)
+    }
+    assert (root / "search.png").stat().st_size > 1000
+    state = runs.checkpoint(root)
+    assert state["stitch_point"] == found["stitch_point"]
+    assert not any(
+        key.startswith(("teacher.", "vae.", "value_model.backbone."))
+        for key in state["state_dict"]
+    )
+    model = StitchedValueModel.from_pretrained(root / "value_model")
+    assert [model.i, model.j] == found["stitch_point"]
+    own = model.trainable()
+    assert {f"value_model.{key}" for key in own} == set(state["state_dict"])
+    for key, value in own.items():
+        assert torch.equal(value, state["state_dict"][f"value_model.{key}"]), key
+    assert {p.name for p in (root / "value_model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert list(root.glob("events.out.tfevents*")) and (root / "config.yaml").is_file()
+
+
+def test_search_command_then_fit_goes_on_from_it(config, capsys):
+    path, root = config(stitch_point=None, trainer={"max_steps": 1})
+    main(["search", "--config", str(path)])
+    output = capsys.readouterr().out
+    assert "lowest feature loss" in output and "lowest embedding loss" in output
+    before = (root / "search.json").read_text()
+    with pytest.raises(SystemExit) as refused:
+        main(["search", "--config", str(path)])
+    assert refused.value.code == 1 and "search.json" in message(capsys)
+    main(["fit", "--config", str(path)])
+    assert (root / "search.json").read_text() == before
+
+
+def test_the_start_is_the_closed_form_fit(config):
+    """Before the first step the student's hand-over features are the least-squares ones."""
+    path, root = config(lr=0.0, trainer={"max_steps": 1})
+    main(["fit", "--config", str(path)])
+    model = StitchedValueModel.from_pretrained(root / "value_model")
+    h = model.backbone(torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.6]), model.i)
+    W, b = model.stitch.F.weight, model.stitch.F.bias
+    expected = torch.nn.functional.conv2d(h, W, b)
+    if expected.shape[-2:] != model.stitch.grid:
+        from stitchvm.stitch import up
+
+        expected = up(expected, model.stitch.grid)
+    torch.testing.assert_close(model.stitch(h), expected, rtol=1e-4, atol=1e-5)
+    assert float(W.detach().abs().max()) > 0
+
+
+def test_the_loss_falls(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, root = config(trainer={"max_steps": 60, "val_check_interval": 20}, lr=3e-3)
+    main(["fit", "--config", str(path)])
+    events = EventAccumulator(str(root))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/embedding", "train/tokens", "images/s", "val/loss_sigma_0.8-1"} <= tags
+    losses = [e.value for e in events.Scalars("val/loss")]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"objective": "l2"}, "Eq. 78"),
+        ({"noise_levels": 0}, "at least 1"),
+        ({"stitch_point": [9, 1]}, "5"),
+        ({"stitch_point": [2, 40]}, "40"),
+        ({"stitch_point": None, "num_probes": 5000}, "probe images"),
+        ({"search_criterion": "best"}, "criterion"),
+    ],
+)
+def test_wrong_settings_end_at_once_with_one_message(config, capsys, change, expected):
+    path, root = config(**change)
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(path)])
+    error = message(capsys)
+    assert exit_.value.code in (1, 2) and expected in error and "Traceback" not in error
+    assert not (root / "checkpoints").exists()
+
+
+def test_unknown_key_is_an_error_that_names_it(config, capsys):
+    path, _ = config(stich_point=[2, 1])
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(path)])
+    assert exit_.value.code == 2
+    assert "stich_point" in message(capsys)
+
+
+def test_checkpoint_of_another_stitch_point_is_refused(config, capsys):
+    path, root = config(trainer={"max_steps": 2})
+    main(["fit", "--config", str(path)])
+    other, _ = config(stitch_point=[3, 1])
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(other), "--ckpt_path", str(root / "checkpoints/last.ckpt")])
+    assert "model.stitch_point" in message(capsys)

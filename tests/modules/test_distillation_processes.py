@@ -1,0 +1,118 @@
+"""Distillation in real processes: killed and resumed, on two processes with DDP and with FSDP2."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.modules import runs
+
+pytestmark = pytest.mark.slow
+
+FSDP2 = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def make(tiny_sd3, tiny_clip, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    images = runs.write_images(folder / "images")
+
+    def config(name: str, batch_size: int = 4, strategy=None, max_steps: int = 6, **model) -> Path:
+        made = runs.distillation_config(tiny_sd3, tiny_clip, images, folder / name, **model)
+        made["data"]["init_args"]["batch_size"] = batch_size
+        made["trainer"]["max_steps"] = max_steps
+        if strategy is not None:
+            made["trainer"] |= {"devices": 2, "strategy": strategy}
+        runs.write_config(made, folder / f"{name}.yaml")
+        return folder / name
+
+    return config
+
+
+def fit(root: Path, *arguments: str) -> dict:
+    runs.stitchvm("fit", "--config", root.with_suffix(".yaml"), *arguments)
+    return runs.checkpoint(root)
+
+
+@pytest.fixture(scope="module")
+def single(make):
+    """The uninterrupted run on one process."""
+    return fit(make("single"))
+
+
+def assert_same(one: dict, two: dict) -> None:
+    assert one["global_step"] == two["global_step"]
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for key, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][key]), key
+    states = [c["optimizer_states"][0]["state"] for c in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        for key, value in state.items():
+            assert torch.equal(value, states[1][number][key]), (number, key)
+
+
+def assert_close(one: dict, two: dict) -> None:
+    start = None
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][key], value, rtol=2e-3, atol=2e-5)
+        start = key
+    assert start is not None
+
+
+def test_a_killed_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(make, single):
+    root = make("killed", max_steps=100_000)
+    process = runs.start("fit", "--config", root.with_suffix(".yaml"))
+    deadline = time.monotonic() + 240
+    wanted = root / "checkpoints"
+    while not list(wanted.glob("*step=4.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for later in wanted.glob("*.ckpt"):  # whatever came after step 4 before the signal did
+        if "step=4" not in later.name:
+            later.unlink()
+    make("killed")
+    four = next(wanted.glob("*step=4.ckpt"))
+    assert_same(single, fit(root, "--ckpt_path", str(four)))
+
+
+def test_last_resumes_and_a_finished_run_is_not_written_over(make, single):
+    root = make("last", max_steps=4)
+    fit(root)
+    make("last")
+    refused = runs.start("fit", "--config", root.with_suffix(".yaml"))
+    output, _ = refused.communicate(timeout=240)
+    assert refused.returncode == 1
+    assert "--ckpt_path last" in output and "Traceback" not in output
+    assert_same(single, fit(root, "--ckpt_path", "last"))
+
+
+def test_two_processes_with_ddp_equal_one(make, single):
+    root = make("ddp", batch_size=2, strategy="ddp")
+    assert_close(single, fit(root))
+
+
+def test_two_processes_with_fsdp2_equal_one_and_checkpoints_are_exchanged(make, single):
+    root = make("fsdp", batch_size=2, strategy=FSDP2, max_steps=4)
+    half = fit(root)
+    assert not any(key.startswith(("teacher.", "vae.")) for key in half["state_dict"])
+    make("fsdp")  # goes on with one process
+    assert_close(single, fit(root, "--ckpt_path", "last"))
+    root = make("ddp_first", batch_size=2, strategy="ddp", max_steps=2)
+    fit(root)
+    make("ddp_first", batch_size=2, strategy=FSDP2)
+    assert_close(single, fit(root, "--ckpt_path", "last"))

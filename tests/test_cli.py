@@ -1,0 +1,41 @@
+"""The command line's quick answers, and that they import nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+from stitchvm import __version__
+from stitchvm.cli import main
+
+
+def test_help_and_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"stitchvm {__version__}\n"
+    main([])
+    bare = capsys.readouterr().out
+    main(["--help"])
+    assert capsys.readouterr().out == bare
+    assert all(name in bare for name in ("search", "fit", "validate", "test", "predict"))
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from stitchvm.cli import main; main(['--help']);"
+        "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_module_entry_point():
+    command = [sys.executable, "-m", "stitchvm", "--version"]
+    assert (
+        __version__ in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["serach"])
+    assert exit_.value.code == 2
+    assert "did you mean 'search'" in capsys.readouterr().err
