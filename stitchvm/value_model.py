@@ -105,6 +105,7 @@ class StitchedValueModel(nn.Module):
         folder: str | Path,
         *,
         state: dict[str, Tensor] | None = None,
+        config: dict[str, Any] | None = None,
         card: str | None = None,
         overwrite: bool = False,
     ) -> Path:
@@ -113,6 +114,7 @@ class StitchedValueModel(nn.Module):
         Arguments:
             folder: Where to write; made if it does not exist.
             state: The full state of stitch and tail, if the module's own is sharded.
+            config: What `config()` returned before the module was sharded.
             card: The text of the model card; a plain one if None.
             overwrite: Whether an existing value model may be replaced.
 
@@ -130,7 +132,7 @@ class StitchedValueModel(nn.Module):
         state = self.trainable() if state is None else state
         state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        config = self.config()
+        config = self.config() if config is None else config
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (folder / CARD).write_text(card if card is not None else model_card(config))
         return folder

@@ -150,7 +150,7 @@ class StitchDistillation(LeanCheckpoint):
                 self.trainer.strategy.root_device,
                 self._run_folder(),
                 self.stitch_point,
-                self.run_config,
+                self._config(),
             )
         start = self.trainer.strategy.broadcast(start, src=0)
         assert start is not None
@@ -162,7 +162,12 @@ class StitchDistillation(LeanCheckpoint):
 
     def save_search(self, result: SearchResult) -> Path:
         """Writes search.json and heat maps into the run folder."""
-        return self.stage_one.save(result, self._run_folder(), self.run_config)
+        return self.stage_one.save(result, self._run_folder(), self._config())
+
+    def _config(self) -> Any:
+        import yaml
+
+        return None if self.run_config is None else yaml.safe_load(self.run_config)
 
     @property
     def _datamodule(self) -> LightningDataModule | None:
@@ -194,6 +199,7 @@ class StitchDistillation(LeanCheckpoint):
             self._start = None
         model.tail.float().train()
         self.value_model = model
+        self.value_model_config = model.config()  # weights are hashed before they are sharded
         if self.device_mesh is not None:
             shard_value_model(model, self.device_mesh["data_parallel"])
         if self.compile_networks:
@@ -252,10 +258,9 @@ class StitchDistillation(LeanCheckpoint):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step of Eq. (8): noise levels from the law, stratified over an image's levels."""
-        K, epoch = (
-            self.noise_levels,
-            int(batch["epoch"] if "epoch" in batch else self.current_epoch),
-        )
+        K = self.noise_levels
+        current: int = self.current_epoch
+        epoch = int(batch.get("epoch", current))
         keys = [(self.seed, "t", epoch, int(n)) for n in batch["index"]]
         q = (keyed_uniform(keys, K, self.device) + torch.arange(K, device=self.device)) / K
         t = self.noise_law.quantile(q)
@@ -319,7 +324,9 @@ class StitchDistillation(LeanCheckpoint):
         state = full_state(self.value_model)
         if self.trainer.is_global_zero:
             folder = self._run_folder() / "value_model"
-            self.value_model.save_pretrained(folder, state=state, overwrite=True)
+            self.value_model.save_pretrained(
+                folder, state=state, config=self.value_model_config, overwrite=True
+            )
             rank_zero_info(f"value model saved to {folder}")
 
     def _run_folder(self) -> Path:

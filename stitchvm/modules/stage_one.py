@@ -108,7 +108,7 @@ class StageOne:
         on: device,
         folder: Path,
         stitch_point: tuple[int, int] | None,
-        config: str | None = None,
+        config: Any = None,
     ) -> ClosedFormStart:
         """Returns the closed-form start at `stitch_point`, or at the point in `folder`'s search.json, or
         at the one that a search finds now (which is then written into `folder`)."""
@@ -131,7 +131,7 @@ class StageOne:
             (i, j), W.float().cpu(), b.float().cpu(), result.class_tokens[j].cpu()
         )
 
-    def save(self, result: SearchResult, folder: Path, config: str | None = None) -> Path:
+    def save(self, result: SearchResult, folder: Path, config: Any = None) -> Path:
         """Writes `search.json` and the heat maps of Figure 6; never over an earlier one.
 
         Raises:

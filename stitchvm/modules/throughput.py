@@ -31,7 +31,7 @@ class ImagesPerSecond(Callback):
             self._start, self._images = now, 0
             return
         self._images += len(batch["pixels"]) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             rate = self._images / (now - self._start)
             pl_module.log("images/s", rate, prog_bar=True, rank_zero_only=True)
             self._start, self._images = now, 0

@@ -19,7 +19,7 @@ from stitchvm.world.scenes import Scene, Thing, parse
 CHROMA = 0.26  # least chroma norm of an object's pixel
 SPECK = 10  # components of fewer pixels are ignored
 MIN_AREA = 22.0  # an object covers at least this many pixels
-MIN_IOU = 0.62
+MIN_IOU = 0.75  # true renders reach at least 0.87; a visibly deformed shape does not pass
 _CHROMA = PALETTE - PALETTE.mean(axis=1, keepdims=True)
 _DIRECTION = _CHROMA / np.linalg.norm(_CHROMA, axis=1, keepdims=True)
 # area / radius^2 and centroid below the nominal centre / radius, per shape

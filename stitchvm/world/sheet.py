@@ -58,7 +58,9 @@ def main() -> None:
     arguments = parser.parse_args()
     scenes = sample_scenes("test", arguments.n, [arguments.seed, 94])
     names = [f"{s.caption} ({aesthetic_score(s):.1f})" for s in scenes]
-    draw_sheet(render(scenes), names, arguments.folder / "scenes.png")
+    pixels = render(scenes)
+    assert isinstance(pixels, np.ndarray)
+    draw_sheet(pixels, names, arguments.folder / "scenes.png")
     for name in arguments.generators:
         from stitchvm.world.gates import GUIDANCE, draw, load_pipeline
 

@@ -64,11 +64,17 @@ def assert_same(one: dict, two: dict) -> None:
 
 
 def assert_close(one: dict, two: dict) -> None:
-    start = None
+    """Same weights up to rounding. A key bias of attention has no gradient at all: Adam moves it by rounding."""
+    assert one["state_dict"].keys() == two["state_dict"].keys()
     for key, value in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][key], value, rtol=2e-3, atol=2e-5)
-        start = key
-    assert start is not None
+        other = two["state_dict"][key]
+        if key.endswith("attn.in_proj_bias"):
+            value, other = (
+                torch.cat([b[: len(b) // 3], b[-len(b) // 3 :]]) for b in (value, other)
+            )
+        torch.testing.assert_close(
+            other, value, rtol=2e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 def test_a_killed_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(make, single):

@@ -1,0 +1,1 @@
+"""Trainings of every network of the embedded world."""
