@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-all lint format types world search-study bench clean
+.PHONY: help install demo test test-quick lint format types world bench results clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -20,11 +20,11 @@ install: $(VENV)/installed ## Make .venv/ with everything in it
 demo: install ## The embedded world: search, distil, test against both baselines, draw (minutes on 2 cores)
 	$(BIN)/python -m stitchvm.world.demo
 
-test: install ## The quick tests: CPU, offline
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu' -n 2
+test: install ## Every test that needs no GPU, killed processes, DDP and FSDP2 included (CPU, offline)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu' -n 2 --dist loadfile
 
-test-all: install ## Every test that needs no GPU, real processes and DDP / FSDP2 included
-	$(BIN)/python -m pytest -q -m 'not gpu'
+test-quick: install ## The tests that take seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow and not gpu' -n 2 --dist loadfile
 
 lint: install ## ruff: lint and formatting
 	$(BIN)/ruff check .
@@ -42,6 +42,13 @@ world: install ## Train every network of the embedded world from scratch (hours 
 
 bench: install ## Stage 1 and stage 2 on the world: images/s, its split, utilisation
 	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/search.py
+
+results: install ## Everything the README shows of the world, then the README itself (hours; resumes)
+	$(BIN)/python -m stitchvm.world.gates
+	$(BIN)/python benchmarks/world_values.py
+	$(BIN)/python benchmarks/search_study.py
+	$(BIN)/python benchmarks/readme.py
 
 clean: ## Remove caches and runs/ (asks first)
 	@read -p "remove runs/ and caches? [y/N] " answer && [ "$$answer" = y ] && rm -rf runs .pytest_cache .ruff_cache .mypy_cache

@@ -6,6 +6,7 @@ Differences from the stock one: only the asked command's parser is built; `searc
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -172,6 +173,8 @@ def quiet() -> None:
         ".*does not have many workers.*",
     ):
         warnings.filterwarnings("ignore", message=text)
+    advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advice.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
 
 
 def run(argv: list[str]) -> None:

@@ -58,7 +58,10 @@ class NormalEquations:
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Adds tokens x (n, D) and their targets y (n, Σ D_j)."""
-        x, y = x.double() - self.shift_x, y.double() - self.shift_y
+        self.add(x.double() - self.shift_x, y.double() - self.shift_y)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds what is float64 and shifted already: targets that many equations share are shifted once."""
         self.n += len(x)
         self.sum_x += x.sum(0)
         self.sum_y += y.sum(0)
@@ -209,16 +212,18 @@ def search(
         u = backbone.features(z_t, t, depths)
         probe = reward.probe(images, js)
         clock.lap("features")
-        y = torch.cat([_rows(probe.patches[j]) for j in js], dim=1)
+        y = torch.cat([_rows(probe.patches[j]) for j in js], dim=1).double()
+        shift_y = y.mean(0) if not fit else fit[depths[0]].shift_y
+        y -= shift_y
         fitting = first < num_probes
         sums = fit if fitting else held
         for i in depths:
-            x = _rows(up(u[i], reward.grid))
+            x = _rows(up(u[i], reward.grid)).double()
             if i not in fit:
-                fit[i] = NormalEquations(x.double().mean(0), y.double().mean(0))
+                fit[i] = NormalEquations(x.mean(0), shift_y)
             if i not in sums:
-                sums[i] = NormalEquations(fit[i].shift_x, fit[i].shift_y)
-            sums[i].update(x, y)
+                sums[i] = NormalEquations(fit[i].shift_x, shift_y)
+            sums[i].add(x.sub_(fit[i].shift_x), y)
         if fitting:
             for j in js:
                 tokens[j] += probe.class_token[j].double().sum(0)

@@ -26,20 +26,25 @@ class LeanCheckpoint(LightningModule):
         return not key.startswith(self.pretrained_prefixes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops the pretrained weights."""
+        """Drops the pretrained weights, and lists names and shapes of the others."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in state if self._own(key)}
+        checkpoint["trained"] = shapes(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Requires every trained weight, by name and shape."""
-        state = checkpoint["state_dict"]
-        own = {key: value for key, value in self.state_dict().items() if self._own(key)}
-        missing = sorted(own.keys() - state.keys())
-        unknown = sorted(state.keys() - own.keys())
+        """Requires every trained weight, by name and shape.
+
+        A sharding strategy has taken the weights out of the checkpoint by now; the list says what they were.
+        """
+        saved: dict[str, list[int]] = checkpoint["trained"]
+        if "state_dict" in checkpoint:
+            saved = shapes(checkpoint["state_dict"])
+        own = shapes({key: value for key, value in self.state_dict().items() if self._own(key)})
+        missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
         wrong = [
-            f"{key} {tuple(state[key].shape)} (expected {tuple(own[key].shape)})"
-            for key in sorted(own.keys() & state.keys())
-            if state[key].shape != own[key].shape
+            f"{key} {tuple(saved[key])} (expected {tuple(own[key])})"
+            for key in sorted(own.keys() & saved.keys())
+            if saved[key] != own[key]
         ]
         if missing or unknown or wrong:
             raise ValueError(
@@ -47,3 +52,8 @@ class LeanCheckpoint(LightningModule):
                 f"({len(missing)}), unknown {unknown[:5]} ({len(unknown)}), wrong shape {wrong[:5]}. It was "
                 "made with another configuration: use the config.yaml beside the checkpoint."
             )
+
+
+def shapes(state: dict[str, Any]) -> dict[str, list[int]]:
+    """Returns the shape of every tensor, as plain lists (checkpoints hold nothing else)."""
+    return {key: list(value.shape) for key, value in state.items()}

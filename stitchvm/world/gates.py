@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from stitchvm.results import write_results
 
 GATES = {
     "vae/checker": 0.95,
@@ -183,7 +184,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="generated images per seed")
     parser.add_argument("--output", type=Path, default=Path("results/world/gates.json"))
     arguments = parser.parse_args()
-    import torch
 
     from stitchvm.world.train.common import folder_hash, weights_folder
 
@@ -209,18 +209,12 @@ def main() -> None:
                     flush=True,
                 )
             records += found
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("diffusers", "transformers", "open_clip"):
-        versions[name] = getattr(__import__(name), "__version__", "unknown")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": "python -m stitchvm.world.gates " + " ".join(sys.argv[1:]),
-        "versions": versions,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "config_sha256": None,
-        "records": records,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(
+        arguments.output,
+        records,
+        command=" ".join(["python -m stitchvm.world.gates", *sys.argv[1:]]),
+        overwrite=True,
+    )
 
 
 if __name__ == "__main__":

@@ -233,7 +233,11 @@ def run(
             measure()
             evaluated = tick = time.monotonic()
             last, sums = stage.step, {}
-        if stop or now - begun > 60 * minutes:
+        if stop:  # SIGTERM: leave at once; nothing is lost
+            stage.seconds += now - tick
+            save_atomic(stage.state(), path)
+            return stage
+        if now - begun > 60 * minutes:
             break
     stage.seconds += time.monotonic() - tick
     measure()
