@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stitchvm.data.base import Batch, to_float
 from stitchvm.modules import distillation
 from stitchvm.modules.distillation import StitchDistillation
+from stitchvm.value_model import StitchedValueModel
 
 __all__ = ["PARTS", "Run", "Variant", "meta_tensors", "reading_rate", "variants"]
 
@@ -63,7 +64,9 @@ class Run:
             stitch_point=list(setup.stitch_point),
             fused=device.type != "meta",
         )
-        self.module.configure_model()
+        # nothing is saved, and random networks have no place to be loaded from again
+        with mock.patch.object(StitchedValueModel, "config", lambda _: {}):
+            self.module.configure_model()
         self.module.to(device)
         self.optimizer: torch.optim.Optimizer = self.module.configure_optimizers()["optimizer"]
         self.step_number = 0

@@ -30,6 +30,14 @@ class LeanCheckpoint(LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in state if self._own(key)}
         checkpoint["trained"] = shapes(checkpoint["state_dict"])
+        places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
+        optimizers = self.trainer.optimizers if self._trainer is not None else []
+        for state, optimizer in zip(
+            checkpoint.get("optimizer_states", []), optimizers, strict=False
+        ):
+            order = [places[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            if state.get("param_groups"):  # with FSDP2 only the first process holds them
+                renumber(state, order)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Requires every trained weight, by name and shape.
@@ -52,6 +60,20 @@ class LeanCheckpoint(LightningModule):
                 f"({len(missing)}), unknown {unknown[:5]} ({len(unknown)}), wrong shape {wrong[:5]}. It was "
                 "made with another configuration: use the config.yaml beside the checkpoint."
             )
+
+
+def renumber(state: dict[str, Any], order: list[int]) -> None:
+    """Numbers an optimiser's parameters by their place in the module, in the order of its groups.
+
+    A single process and DDP number them as the optimiser lists them, FSDP2 expects the module's order when it
+    reads a file. With one numbering any of them continues the checkpoint of another: a plain optimiser goes by
+    position and takes any numbers.
+    """
+    old = [number for group in state["param_groups"] for number in group["params"]]
+    new = dict(zip(old, order, strict=True))
+    state["state"] = {new[number]: value for number, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [new[number] for number in group["params"]]
 
 
 def shapes(state: dict[str, Any]) -> dict[str, list[int]]:

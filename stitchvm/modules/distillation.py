@@ -245,7 +245,8 @@ class StitchDistillation(LeanCheckpoint):
             )
             teacher = self.teacher.embed(pixels)
         K = t.shape[1]
-        keys = [(self.seed, "eps", epoch, int(n), k) for n in batch["index"] for k in range(K)]
+        index = batch["index"].tolist()
+        keys = [(self.seed, "eps", epoch, n, k) for n in index for k in range(K)]
         eps = keyed_normal(keys, z_0.shape[1:], z_0.device)
         t = t.reshape(-1)
         z_t = FlowPath().interpolate(z_0.repeat_interleave(K, 0), eps, t)
@@ -261,9 +262,9 @@ class StitchDistillation(LeanCheckpoint):
         K = self.noise_levels
         current: int = self.current_epoch
         epoch = int(batch.get("epoch", current))
-        keys = [(self.seed, "t", epoch, int(n)) for n in batch["index"]]
-        q = (keyed_uniform(keys, K, self.device) + torch.arange(K, device=self.device)) / K
-        t = self.noise_law.quantile(q)
+        keys = [(self.seed, "t", epoch, n) for n in batch["index"].tolist()]
+        q = (keyed_uniform(keys, K) + torch.arange(K)) / K
+        t = self.noise_law.quantile(q).float().to(self.device, non_blocking=True)
         terms = self.losses(batch, t, epoch)
         loss = terms["loss"].mean()
         self.log_dict(
@@ -271,7 +272,8 @@ class StitchDistillation(LeanCheckpoint):
             prog_bar=False,
         )
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        self._log_bands("train", terms["loss"].detach(), t.reshape(-1))
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # it waits for the device
+            self._log_bands("train", terms["loss"].detach(), t.reshape(-1))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

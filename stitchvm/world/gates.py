@@ -158,6 +158,11 @@ def sample_records(name: str, seed: int, n: int) -> list[dict[str, Any]]:
         record(f"{name}/whole", pass_rate(results), seed, n, **more),
         record(f"{name}/whole_pairs", pass_rate(pairs), seed, len(pairs), **more),
     ]
+    if seed == 1 and name != "flux":  # how much classifier-free guidance does
+        images = draw(load_pipeline(name), [s.caption for s in scenes], seed, 1.0)
+        plain = pass_rate(check_batch(images, scenes))
+        metric = f"{name}/whole_without_guidance"
+        found.append(record(metric, plain, seed, n, guidance=1.0, steps=STEPS))
     for attribute in results[0].attributes:
         value = float(np.mean([r.attributes[attribute] for r in results]))
         found.append(record(f"{name}/{attribute}", value, seed, n, **more))
@@ -175,8 +180,27 @@ PARTS: dict[str, Callable[[int, int], list[dict[str, Any]]]] = {
 }
 
 
+def training_records() -> list[dict[str, Any]]:
+    """Returns what every stage measured of itself while it was trained, from the states on this machine."""
+    import torch
+
+    from stitchvm.world.train.common import runs_folder
+
+    found = []
+    for path in sorted(runs_folder().glob("*/state.pt")):
+        history = torch.load(path, map_location="cpu", weights_only=True)["history"]
+        for line in history:
+            figures = {k: v for k, v in line.items() if k not in ("step", "seconds")}
+            for metric, value in figures.items():
+                more = {"step": line["step"], "training_seconds": line["seconds"]}
+                found.append(
+                    {"method": path.parent.name, "metric": metric, "value": value, **more}
+                )
+    return found
+
+
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes gates.json and, where there are training states, training.json."""
     parser = argparse.ArgumentParser(prog="python -m stitchvm.world.gates", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -209,12 +233,12 @@ def main() -> None:
                     flush=True,
                 )
             records += found
-    write_results(
-        arguments.output,
-        records,
-        command=" ".join(["python -m stitchvm.world.gates", *sys.argv[1:]]),
-        overwrite=True,
-    )
+    command = " ".join(["python -m stitchvm.world.gates", *sys.argv[1:]])
+    write_results(arguments.output, records, command=command, overwrite=True)
+    history = training_records()
+    if history:
+        path = arguments.output.with_name("training.json")
+        write_results(path, history, command="python -m stitchvm.world.train", overwrite=True)
 
 
 if __name__ == "__main__":
