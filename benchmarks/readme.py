@@ -17,7 +17,7 @@ VALUES = {
     "aesthetic": ("Aesthetic: SRCC with the true score", "aesthetic/"),
     "hps": ("Preference: accuracy", "preference/"),
 }
-SHOWN = ("_r1", "srcc", "accuracy", "truth_r2")
+SHOWN = ("_text_r1", "_image_r1", "aesthetic/srcc", "preference/hpdv2", "truth/r2")
 
 
 def source(path: Path) -> str:

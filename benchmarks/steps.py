@@ -143,7 +143,10 @@ class Run:
         """Returns the FLOPs per image of each part, counted on the calls (2 per multiply-add)."""
         side = self.setup.resolution
         t = torch.full((1, noise_levels), 0.5, device=self.device)
-        batch = {"index": [0], "pixels": torch.rand(1, 3, side, side, device=self.device)}
+        batch = {
+            "index": torch.zeros(1, dtype=torch.int64),
+            "pixels": torch.rand(1, 3, side, side, device=self.device),
+        }
         with FlopCounterMode(display=False) as counter:
             laps = Laps.of_flops(counter)
             with instrumented(self.module, laps), autocast(self.device):

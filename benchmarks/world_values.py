@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stitchvm.plots import retention_curves
-from stitchvm.results import command_line, write_results
+from stitchvm.results import write_results
 from stitchvm.tables import records_to_text
 
 RUNS = Path("runs/world_values")
@@ -29,7 +29,7 @@ NAMES = {"clip": "world", "aesthetic": "world_aesthetic", "hps": "world_hps"}
 METRICS = {
     "clip": ("retrieval/image_to_text_r1", "retrieval/text_to_image_r1"),
     "aesthetic": ("aesthetic/srcc",),
-    "hps": ("preference/accuracy",),
+    "hps": ("preference/hpdv2",),
 }
 
 
@@ -145,7 +145,7 @@ def main() -> None:
         write_results(
             Path(f"results/world/values_{reward}.json"),
             [*records, *kept],
-            command=command_line(),
+            command=" ".join(["python benchmarks/world_values.py", *sys.argv[1:]]),
             extra={"seeds": args.seeds, "steps": args.steps},
             overwrite=True,
         )

@@ -272,7 +272,10 @@ class StitchDistillation(LeanCheckpoint):
             prog_bar=False,
         )
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # it waits for the device
+        attached = self._trainer is not None
+        if (
+            attached and (batch_idx + 1) % self.trainer.log_every_n_steps == 0
+        ):  # it waits for the device
             self._log_bands("train", terms["loss"].detach(), t.reshape(-1))
         return loss
 

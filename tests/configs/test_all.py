@@ -25,6 +25,7 @@ PAIRS = [
 def parse(path: Path, *more: str, monkeypatch: pytest.MonkeyPatch) -> StitchCLI:
     """Parses as the command line does and stops before anything is built."""
     monkeypatch.setattr(StitchCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(StitchCLI, "after_instantiate_classes", lambda self: None)
     monkeypatch.setattr(StitchCLI, "_run_subcommand", lambda self, name: None)
     command = "test" if path.name.startswith("eval_") else "fit"
     return StitchCLI(args=[command, "--config", str(path), *more], command=command)
