@@ -155,9 +155,10 @@ def _retention_panel(
     axis.set_axisbelow(True)
     if metric.startswith("retrieval/"):
         axis.set_ylim(bottom=0)
-    if metric.startswith("truth/") and axis.get_ylim()[0] < -1:
-        # far below the best constant the exact place says nothing and would flatten the rest
-        axis.set_ylim(bottom=-1)
+    if metric.startswith("truth/r2"):
+        # R² is at most 1, and far below the best constant the exact place says nothing: both, or their
+        # error bars, would flatten the rest
+        axis.set_ylim(max(-1.0, min(0.0, axis.get_ylim()[0])), 1.05)
 
 
 def heatmap(

@@ -7,8 +7,8 @@ For every backbone block i and reward block j, the closed-form map between featu
 over the tokens of N_probe images with t ~ Unif[0, 1]. With S_xx = Σ x xᵀ and S_xy = Σ x yᵀ the solution is
 S_xx⁻¹ S_xy, so one streamed pass over the images serves *all* pairs and nothing but these matrices is kept,
 in float64. Features are shifted by the mean of the first batch before they are multiplied, which keeps the normal
-equations as accurate as a least-squares solver on the stacked features. A second set of sums over held-out images
-gives the held-out loss ‖·‖² = tr S_yy − 2 tr WᵀS_xy + tr WᵀS_xx W without the features.
+equations as accurate as a least-squares solver on the stacked features. Once the images to fit are through, the maps
+are solved and the held-out images that follow are streamed through them.
 
 The paper chooses the pair with the lowest loss (`criterion="feature"`). It reports that this ranks the good cells
 poorly: the loss grows with the scale of the reward's features and does not see which errors matter. The second
@@ -202,9 +202,9 @@ def search(
     clock = _Clock(device)
     columns = {j: slice(k * reward.width, (k + 1) * reward.width) for k, j in enumerate(js)}
     fit: dict[int, NormalEquations] = {}
-    held: dict[int, NormalEquations] = {}
     tokens = {j: torch.zeros(reward.width, dtype=torch.float64, device=device) for j in js}
-    end: list[tuple[Tensor, Tensor, Tensor]] = []
+    shift_y: Tensor | None = None
+    held_out: _HeldOut | None = None
 
     for first, images in _take(pixels, total, num_probes):
         images = images.to(device)
@@ -212,79 +212,103 @@ def search(
         u = backbone.features(z_t, t, depths)
         probe = reward.probe(images, js)
         clock.lap("features")
-        y = torch.cat([_rows(probe.patches[j]) for j in js], dim=1).double()
-        shift_y = y.mean(0) if not fit else fit[depths[0]].shift_y
-        y -= shift_y
-        fitting = first < num_probes
-        sums = fit if fitting else held
-        for i in depths:
-            x = _rows(up(u[i], reward.grid)).double()
-            if i not in fit:
-                fit[i] = NormalEquations(x.mean(0), shift_y)
-            if i not in sums:
-                sums[i] = NormalEquations(fit[i].shift_x, shift_y)
-            sums[i].add(x.sub_(fit[i].shift_x), y)
-        if fitting:
+        y = torch.cat([_rows(probe.patches[j]) for j in js], dim=1)
+        if first < num_probes:
+            shift_y = y.double().mean(0) if shift_y is None else shift_y
+            targets = y.double() - shift_y
+            for i in depths:
+                x = _rows(up(u[i], reward.grid)).double()
+                if i not in fit:
+                    fit[i] = NormalEquations(x.mean(0), shift_y)
+                fit[i].add(x - fit[i].shift_x, targets)
             for j in js:
                 tokens[j] += probe.class_token[j].double().sum(0)
-        elif len(images) and sum(len(z) for z, _, _ in end) < num_end_probes:
-            take = min(len(images), num_end_probes - sum(len(z) for z, _, _ in end))
-            end.append((z_t[:take], t[:take], probe.image[:take]))
-        clock.lap("gram")
+            clock.lap("gram")
+        else:
+            if held_out is None:
+                means = {j: (tokens[j] / num_probes).float() for j in js}
+                held_out = _HeldOut(fit, columns, reward, means, num_end_probes)
+                clock.lap("solve")
+            u = {i: up(u[i], reward.grid).float() for i in depths}
+            held_out.add(u, y.float())
+            clock.lap("gram")
+            held_out.add_tails(u, probe.image)
+            clock.lap("tail")
         if progress is not None:
             progress(first + len(images), total)
 
     class_tokens = {j: (tokens[j] / num_probes).float() for j in js}
-    result = SearchResult([], {}, fit, columns, class_tokens)
-    maps = {(i, j): result.closed_form(i, j) for i in depths for j in js}
-    for (i, j), (W, b) in maps.items() if num_held_out else ():
-        error = held[i].squared_error(W, b, columns[j])
-        record: dict[str, Any] = {
-            "i": i,
-            "j": j,
-            "feature_loss": error / (held[i].n * reward.width),
-            "fit_loss": fit[i].squared_error(W, b, columns[j]) / (fit[i].n * reward.width),
-            "unexplained": error / held[i].variance(columns[j]),
-            "embedding_error": None,
-        }
-        result.records.append(record)
-    clock.lap("solve")
-    if num_held_out and num_end_probes:
-        errors = _embedding_errors(end, backbone, reward, maps, class_tokens)
-        for record in result.records:
-            record["embedding_error"] = errors[record["i"], record["j"]]
-        clock.lap("tail")
-    result.timing = clock.seconds | {"total": time.perf_counter() - clock.start}
-    return result
+    records = held_out.records() if held_out is not None else []
+    timing = clock.seconds | {"total": time.perf_counter() - clock.start}
+    return SearchResult(records, timing, fit, columns, class_tokens)
 
 
-def _embedding_errors(
-    end: list[tuple[Tensor, Tensor, Tensor]],
-    backbone: Backbone,
-    reward: Reward,
-    maps: dict[tuple[int, int], tuple[Tensor, Tensor]],
-    class_tokens: dict[int, Tensor],
-) -> dict[tuple[int, int], float]:
-    """Returns the mean ‖ẽ(W* u^{≤i} + b*) − ẽ_RM‖² of the frozen tail per cell."""
-    depths, js = sorted({i for i, _ in maps}), sorted({j for _, j in maps})
-    dtype = next(reward.parameters()).dtype
-    errors = dict.fromkeys(maps, 0.0)
-    count = sum(len(z_t) for z_t, _, _ in end)
-    tails = {j: reward.tail(j) for j in js}
-    for j, tail in tails.items():
-        if j > 1:
+class _HeldOut:
+    """Held-out images streamed through the closed-form maps, and the first of them on through the frozen tails."""
+
+    def __init__(
+        self,
+        fit: dict[int, NormalEquations],
+        columns: dict[int, slice],
+        reward: Reward,
+        class_tokens: dict[int, Tensor],
+        num_end_probes: int,
+    ) -> None:
+        self.fit, self.columns, self.grid, self.left = fit, columns, reward.grid, num_end_probes
+        self.maps = {i: equations.solve() for i, equations in fit.items()}  # all j side by side
+        self.float_maps = {i: (W.float(), b.float()) for i, (W, b) in self.maps.items()}
+        self.tails = {j: reward.tail(j) for j in columns} if num_end_probes else {}
+        for j, tail in self.tails.items():
             tail.init_class_token(class_tokens[j])
-    for z_t, t, image in end:
-        u = backbone.features(z_t, t, depths)
-        target = F.normalize(image.double(), dim=-1)
-        for i in depths:
-            x = up(u[i], reward.grid).float()
-            for j in js:
-                W, b = maps[i, j]
-                h = F.conv2d(x, W.float()[:, :, None, None], b.float())
-                e = F.normalize(tails[j](h.to(dtype)).image.double(), dim=-1)
-                errors[i, j] += float((e - target).square().sum()) / count
-    return errors
+        self.dtype = next(reward.parameters()).dtype
+        shift = next(iter(fit.values())).shift_y
+        self.targets = NormalEquations(torch.zeros(1, device=shift.device), shift)
+        self.squared = {i: torch.zeros_like(shift) for i in fit}
+        self.end = {(i, j): torch.zeros_like(shift[0]) for i in fit for j in columns}
+        self.ended = 0
+
+    def add(self, u: dict[int, Tensor], y: Tensor) -> None:
+        """Adds features (B, D, gh, gw) per depth and the tokens y (n, Σ D_j) they should map to."""
+        self.targets.update(y.new_zeros(len(y), 1), y)
+        for i, features in u.items():
+            W, b = self.float_maps[i]
+            error = torch.addmm(b, _rows(features), W.T).sub_(y)
+            self.squared[i] += error.square_().sum(0)
+
+    def add_tails(self, u: dict[int, Tensor], image: Tensor) -> None:
+        """Adds ‖ẽ − ẽ_RM‖² of the first images that are still wanted; image (B, E) is the teacher's."""
+        count = min(self.left, len(image))
+        if not count:
+            return
+        self.left -= count
+        self.ended += count
+        target = F.normalize(image[:count].double(), dim=-1)
+        for i, features in u.items():
+            W, b = self.float_maps[i]
+            h = F.conv2d(features[:count], W[:, :, None, None], b)
+            for j, tail in self.tails.items():
+                e = tail(h[:, self.columns[j]].to(self.dtype)).image
+                self.end[i, j] += (F.normalize(e.double(), dim=-1) - target).square().sum()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the record of every cell."""
+        answer = []
+        for i, equations in self.fit.items():
+            W, b = self.maps[i]
+            for j, part in self.columns.items():
+                width = part.stop - part.start
+                error = float(self.squared[i][part].sum())
+                fitted = equations.squared_error(W[part], b[part], part)
+                record: dict[str, Any] = {
+                    "i": i,
+                    "j": j,
+                    "feature_loss": error / (self.targets.n * width),
+                    "fit_loss": fitted / (equations.n * width),
+                    "unexplained": error / self.targets.variance(part),
+                    "embedding_error": float(self.end[i, j]) / self.ended if self.ended else None,
+                }
+                answer.append(record)
+        return answer
 
 
 def _rows(grid: Tensor) -> Tensor:
