@@ -61,9 +61,11 @@ def distil(reward: str, vae_stitch: bool, seed: int, steps: int) -> Path:
     return root / "value_model"
 
 
-def evaluate(reward: str, seed: int, steps: int, images: int) -> list[dict[str, Any]]:
-    """Returns the records of `stitchvm test` for one seed."""
-    root = RUNS / reward / f"eval_{steps}_seed{seed}"
+def evaluate(
+    reward: str, seed: int, steps: int, images: int, truth: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Returns the records of `stitchvm test` for one seed; `truth` is images and roll-outs of the truth."""
+    root = RUNS / reward / f"eval_{steps}_seed{seed}_truth{truth[0]}x{truth[1]}"
     if not (root / "metrics.json").is_file():
         models = {
             name: distil(reward, name != "stitched", seed, steps)
@@ -73,6 +75,7 @@ def evaluate(reward: str, seed: int, steps: int, images: int) -> list[dict[str, 
             *("test", "--config", f"configs/eval_{NAMES[reward]}.yaml"),
             *("--trainer.default_root_dir", root, "--model.seed", str(seed)),
             *("--data.num_images", str(images), "--data.seed", str(seed)),
+            *("--model.truth_images", str(truth[0]), "--model.truth_rollouts", str(truth[1])),
             *(f"--model.init_args.estimators.stitched.init_args.path={models['stitched']}",),
             *(f"--model.init_args.estimators.vae_stitch.init_args.path={models['vae_stitch']}",),
         )
@@ -130,6 +133,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument(
+        "--truth",
+        nargs=2,
+        type=int,
+        default=[64, 32],
+        help="images and roll-outs of Monte Carlo truth",
+    )
+    parser.add_argument(
         "--train-only", action="store_true", help="leave the evaluation to a later call"
     )
     args = parser.parse_args()
@@ -139,7 +149,8 @@ def main() -> None:
                 for vae_stitch in (False, True):
                     distil(reward, vae_stitch, seed, args.steps)
             continue
-        runs = [evaluate(reward, seed, args.steps, args.images) for seed in args.seeds]
+        truth = (args.truth[0], args.truth[1])
+        runs = [evaluate(reward, seed, args.steps, args.images, truth) for seed in args.seeds]
         records = over_seeds(runs)
         kept = retention(records, METRICS[reward])
         write_results(

@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--folder", default="runs/demo", help="where everything is written")
     parser.add_argument(
-        "--steps", type=int, default=600, help="optimiser steps of each distillation"
+        "--steps", type=int, default=500, help="optimiser steps of each distillation"
     )
     args = parser.parse_args()
     if not (CONFIGS / "distill_world.yaml").is_file():
