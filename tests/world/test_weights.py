@@ -81,3 +81,9 @@ def test_clip_retrieves_unseen_captions() -> None:
 def test_aesthetic_head_has_the_published_keys() -> None:
     head = torch.load(Path(WEIGHTS) / "aesthetic" / "aesthetic.pth", weights_only=True)
     assert set(head) == {f"layers.{i}.{k}" for i in (0, 2, 4, 6, 7) for k in ("weight", "bias")}
+
+
+def test_no_shipped_file_names_a_path_of_the_machine_it_was_made_on() -> None:
+    for config in WEIGHTS.rglob("*.json"):
+        if config.name != "tokenizer.json":
+            assert "_name_or_path" not in config.read_text(), config

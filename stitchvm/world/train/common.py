@@ -170,6 +170,10 @@ def replace_folder(write: Any, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=runs_folder()))
     write(temporary)
     temporary.chmod(0o755)
+    for config in temporary.rglob("config.json"):  # where it was loaded from says nothing to users
+        content = json.loads(config.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     for file in temporary.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
     staged = folder.with_name(f".{folder.name}.new")
