@@ -149,7 +149,8 @@ class _Clock:
     """Adds up seconds by name; waits for the device, so that a name is charged for its own work."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, {}  # type: ignore[var-annotated]
+        self.device = device
+        self.seconds: dict[str, float] = {}
         self.start = self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
