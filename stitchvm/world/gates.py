@@ -26,6 +26,7 @@ GATES = {
     "aesthetic/srcc": 0.9,
     "hps/pair_accuracy": 0.9,
     "sd3/whole": 0.75,
+    "sd3_large/whole": 0.75,
 }
 GUIDANCE = {"sd3": 4.5, "sd3_large": 4.5, "flux": 4.0}
 STEPS = 24
