@@ -12,19 +12,25 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stitchvm.backbones.flux import image_ids, pack, pipeline_timestep, unpack
+from stitchvm.backbones.base import PrefixState
+from stitchvm.backbones.flux import FluxBackbone, image_ids, pack, pipeline_timestep, unpack
 from stitchvm.backbones.loading import parse_dtype, read_model_class
+from stitchvm.backbones.network import NetworkBackbone
 from stitchvm.backbones.null_text import PromptStore, null_condition
+from stitchvm.backbones.sd3 import SD3Backbone
 from stitchvm.backbones.text import DEFAULT_TOKENS, Condition, TextEncoders
 from stitchvm.hub import resolve
 from stitchvm.vae import VAE
+from stitchvm.value_model import used_weights
 
 _FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 _WEIGHTS = [
     "model_index.json",
+    "scheduler/scheduler_config.json",
     "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors",
     "transformer/diffusion_pytorch_model-*.safetensors",
@@ -100,6 +106,7 @@ class Generator(nn.Module):
         self._kept: OrderedDict[str, Condition] = OrderedDict()
         self._limit = prompts_in_memory
         self._null: Condition | None = None
+        self._revision, self._folder = revision, folder
 
     # Sizes.
 
@@ -121,6 +128,36 @@ class Generator(nn.Module):
         else:  # the transformer's configuration has no size; the published VAE's gives the pipeline's 128
             side = self.vae.network.config.sample_size // self.vae.factor
         return side, side
+
+    def sigmas(self, num_steps: int, latent_size: tuple[int, int] | None = None) -> Tensor:
+        """Returns the levels 1 = σ_0 > … > σ_N = 0 of the pipeline itself, float32, with shape (num_steps + 1,).
+
+        They are what the pipeline's own scheduler gives; for FLUX they depend on the resolution. `sigma_grid` makes
+        others.
+
+        Arguments:
+            num_steps: The number of steps N.
+            latent_size: The latent height and width; `default_size` by default.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            self._folder, subfolder="scheduler"
+        )
+        height, width = latent_size or self.default_size
+        tokens, config = (height // self.patch) * (width // self.patch), scheduler.config
+        options: dict[str, Any] = {}
+        if config.use_dynamic_shifting:
+            slope = (config.max_shift - config.base_shift) / (
+                config.max_image_seq_len - config.base_image_seq_len
+            )
+            options["mu"] = tokens * slope + config.base_shift - slope * config.base_image_seq_len
+        if self.family == "flux":
+            options["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+        else:
+            options["num_inference_steps"] = num_steps
+        scheduler.set_timesteps(**options)
+        return scheduler.sigmas.float()
 
     # Prompts.
 
@@ -183,26 +220,97 @@ class Generator(nn.Module):
         Raises:
             ValueError: If latents, noise levels and conditions do not fit together or the model.
         """
+        return self.velocity_parts(z_t, t, cond, guidance_scale)[0]
+
+    forward = velocity
+
+    def velocity_parts(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        guidance_scale: float | None = None,
+        prefix: PrefixState | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns u_t(z_t), and the direction u(prompt) − u(∅) where there are two branches (else None).
+
+        Arguments:
+            z_t: Noisy latents, with shape (B, C, H, W).
+            t: Noise levels in [0, 1], with shape (B,), float32.
+            cond: The conditions of B prompts (or of one, for all).
+            guidance_scale: g; the generator's own by default.
+            prefix: The state of the null-text branch at (z_t, t) after some block (`null_branch().prefix`): the
+                branch goes on from there. It rounds otherwise than both branches in one batch (a few 1e-6).
+
+        Raises:
+            ValueError: If latents, noise levels and conditions do not fit together or the model, or a prefix
+                came where no null-text branch runs.
+        """
         self._check(z_t, t, cond)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         cond = cond.to(self.device, self.dtype)
         cond = cond.repeat(len(z_t)) if len(cond) == 1 else cond
         run = self._sd3 if self.family == "sd3" else self._flux
         with torch.autocast(z_t.device.type, enabled=False):
-            return run(z_t.to(self.dtype), t.float(), cond, scale).to(z_t.dtype)
+            u, direction = run(z_t.to(self.dtype), t.float(), cond, scale, prefix)
+        return u.to(z_t.dtype), None if direction is None else direction.to(z_t.dtype)
 
-    forward = velocity
+    def runs_null_branch(self, guidance_scale: float | None = None) -> bool:
+        """Returns whether `velocity` at this scale runs the empty prompt: not where guidance is distilled, nor off."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        distilled = self.family == "flux" and self.transformer.config.guidance_embeds
+        return scale > 1 and not distilled
 
-    def _sd3(self, z_t: Tensor, t: Tensor, cond: Condition, scale: float) -> Tensor:
-        """SD3: both branches in one batch, [empty, prompt], as in the pipeline."""
+    def null_branch(self) -> NetworkBackbone:
+        """Returns the null-text branch as a backbone on this transformer, without its LoRA adapters."""
+        return self._borrow(self.null)
+
+    def lend(self, config: dict[str, Any]) -> NetworkBackbone | None:
+        """Returns a backbone on this transformer for a value model, or None if that has other weights.
+
+        Arguments:
+            config: The value model's `config.json`.
+        """
+        spec, (i, _) = config["backbone"], config["stitch_point"]
+        settings = spec["init_args"]
+        family = {"SD3Backbone": "sd3", "FluxBackbone": "flux"}
+        if family.get(spec["class_path"].rpartition(".")[2]) != self.family or settings.get(
+            "null_embeddings"
+        ):
+            return None
+        null = self.null
+        if settings["null_tokens"] != self.text_tokens:
+            encoders = TextEncoders(
+                self.id, self.family, settings["null_tokens"], self.dtype, self._revision
+            )
+            null = null_condition(encoders)
+        extra = {"guidance": settings["guidance"]} if "guidance" in settings else {}
+        backbone = self._borrow(null, **extra)
+        return backbone if used_weights(backbone, i) == spec["fingerprint"] else None
+
+    def _borrow(self, null: Condition, **settings: Any) -> NetworkBackbone:
+        cls = SD3Backbone if self.family == "sd3" else FluxBackbone
+        return cls.from_transformer(self.transformer, null, id=self.id, **settings)
+
+    def _sd3(
+        self, z_t: Tensor, t: Tensor, cond: Condition, scale: float, prefix: PrefixState | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """SD3: both branches in one batch, [empty, prompt], as in the pipeline, unless one has begun."""
         if scale <= 1:
-            return self._call_sd3(z_t, t, cond)
-        null = self.null.to(self.device, self.dtype).repeat(len(z_t))
-        both = self._call_sd3(
-            torch.cat([z_t, z_t]), torch.cat([t, t]), Condition.cat([null, cond])
-        )
-        u_null, u_prompt = both.chunk(2)
-        return u_null + scale * (u_prompt - u_null)
+            self._no_branch(prefix)
+            return self._call_sd3(z_t, t, cond), None
+        if prefix is not None:
+            u_null, u_prompt = (
+                self.null_branch().suffix(prefix),
+                self._call_sd3(z_t, t, cond),
+            )
+        else:
+            null = self.null.to(self.device, self.dtype).repeat(len(z_t))
+            both = self._call_sd3(
+                torch.cat([z_t, z_t]), torch.cat([t, t]), Condition.cat([null, cond])
+            )
+            u_null, u_prompt = both.chunk(2)
+        return u_null + scale * (u_prompt - u_null), u_prompt - u_null
 
     def _call_sd3(self, z_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """One call of an SD3 transformer; its timestep is 1000·t in float32."""
@@ -214,16 +322,30 @@ class Generator(nn.Module):
             return_dict=False,
         )[0]
 
-    def _flux(self, z_t: Tensor, t: Tensor, cond: Condition, scale: float) -> Tensor:
+    def _flux(
+        self, z_t: Tensor, t: Tensor, cond: Condition, scale: float, prefix: PrefixState | None
+    ) -> tuple[Tensor, Tensor | None]:
         """FLUX: g is an input of a guidance-distilled model; others run the empty prompt separately."""
         if self.transformer.config.guidance_embeds:
-            return self._call_flux(z_t, t, cond, torch.full_like(t, scale))
+            self._no_branch(prefix)
+            return self._call_flux(z_t, t, cond, torch.full_like(t, scale)), None
         u_prompt = self._call_flux(z_t, t, cond, None)
         if scale <= 1:
-            return u_prompt
-        null = self.null.to(self.device, self.dtype).repeat(len(z_t))
-        u_null = self._call_flux(z_t, t, null, None)
-        return u_null + scale * (u_prompt - u_null)
+            self._no_branch(prefix)
+            return u_prompt, None
+        if prefix is not None:
+            u_null = self.null_branch().suffix(prefix)
+        else:
+            null = self.null.to(self.device, self.dtype).repeat(len(z_t))
+            u_null = self._call_flux(z_t, t, null, None)
+        return u_null + scale * (u_prompt - u_null), u_prompt - u_null
+
+    def _no_branch(self, prefix: PrefixState | None) -> None:
+        if prefix is not None:
+            raise ValueError(
+                f"a prefix of the null-text branch came, but {self.id} runs no such branch at this guidance: "
+                "ask runs_null_branch first."
+            )
 
     def _call_flux(
         self, z_t: Tensor, t: Tensor, cond: Condition, guidance: Tensor | None

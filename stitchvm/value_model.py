@@ -66,7 +66,10 @@ class StitchedValueModel(nn.Module):
             z_t: The noisy latents, with shape (B, C, H, W).
             t: The noise levels in [0, 1], with shape (B,), float32.
         """
-        h = self.backbone(z_t, t, self.i)
+        return self.from_features(self.backbone(z_t, t, self.i))
+
+    def from_features(self, h: Tensor) -> Embedding:
+        """Returns tokens and image embedding from u^{≤i}(z_t), with shape (B, D, h, w)."""
         return self.tail(self.stitch(h))
 
     def value(self, z_t: Tensor, t: Tensor, text: Tensor | None = None) -> Tensor:
@@ -96,7 +99,7 @@ class StitchedValueModel(nn.Module):
             "format": FORMAT,
             "stitchvm_version": __version__,
             "stitch_point": [self.i, self.j],
-            "backbone": backbone | {"fingerprint": _used_weights(self.backbone, self.i)},
+            "backbone": backbone | {"fingerprint": used_weights(self.backbone, self.i)},
             "reward": spec_of(self.reward) | {"fingerprint": fingerprint(self.reward)},
         }
 
@@ -160,28 +163,27 @@ class StitchedValueModel(nn.Module):
         """
         from safetensors.torch import load_file
 
-        folder = resolve(str(path_or_id), allow_patterns=[CONFIG, WEIGHTS])
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{path_or_id} is not a value model: {name} is missing. Expected a folder written by "
-                    "save_pretrained (`stitchvm fit` leaves one as value_model/ in its run folder)."
-                )
-        config = json.loads((folder / CONFIG).read_text())
-        if config.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder / CONFIG} has format {config.get('format')!r}; this version reads {FORMAT}"
-            )
+        folder, config = _open(path_or_id)
         if backbone is None:
             backbone = build(_without_fingerprint(config["backbone"]))
         if reward is None:
             reward = build(_without_fingerprint(config["reward"]))
         assert backbone is not None and reward is not None
         model = cls(backbone, reward, tuple(config["stitch_point"]))
-        _check_identity("backbone", config["backbone"], backbone, _used_weights(backbone, model.i))
+        _check_identity("backbone", config["backbone"], backbone, used_weights(backbone, model.i))
         _check_identity("reward", config["reward"], reward, fingerprint(reward))
         model.load_trainable(load_file(folder / WEIGHTS), source=str(folder / WEIGHTS))
         return model.to(device).eval()
+
+    @staticmethod
+    def read(path_or_id: str | Path) -> dict[str, Any]:
+        """Returns the configuration of a saved value model (see `config`), without loading anything else.
+
+        Raises:
+            FileNotFoundError: If there is no value model at `path_or_id`.
+            ValueError: If it was written in another format.
+        """
+        return _open(path_or_id)[1]
 
     def load_trainable(self, state: dict[str, Tensor], source: str = "the given state") -> None:
         """Loads the state of stitch and tail, strictly.
@@ -207,6 +209,31 @@ class StitchedValueModel(nn.Module):
                 value.copy_(state[key])
 
 
+def _open(path_or_id: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder and the configuration of a saved value model."""
+    folder = resolve(str(path_or_id), allow_patterns=[CONFIG, WEIGHTS])
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{path_or_id} is not a value model: {name} is missing. Expected a folder written by "
+                "save_pretrained (`stitchvm fit` leaves one as value_model/ in its run folder)."
+            )
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / CONFIG} has format {config.get('format')!r}; this version reads {FORMAT}"
+        )
+    return folder, config
+
+
+def used_weights(backbone: Backbone, i: int) -> str:
+    """Returns the fingerprint of what a stitch after block i uses, however many blocks are loaded or borrowed."""
+    network = getattr(backbone, "network", backbone)
+    later = list(getattr(backbone, "blocks", []))[i:]
+    head = [getattr(network, name) for name in ("norm_out", "proj_out") if hasattr(network, name)]
+    return fingerprint(network, leave_out=[*later, *head])
+
+
 def _check_stitch_point(backbone: Backbone, reward: Reward, i: int, j: int) -> None:
     if not 0 <= i <= backbone.loaded_blocks:
         raise ValueError(
@@ -223,14 +250,6 @@ def _check_stitch_point(backbone: Backbone, reward: Reward, i: int, j: int) -> N
 
 def _without_fingerprint(spec: dict[str, Any]) -> dict[str, Any]:
     return {key: spec[key] for key in ("class_path", "init_args")}
-
-
-def _used_weights(backbone: Backbone, i: int) -> str:
-    """The fingerprint of what a stitch after block i uses, however many blocks are loaded or borrowed."""
-    network = getattr(backbone, "network", backbone)
-    later = list(getattr(backbone, "blocks", []))[i:]
-    head = [getattr(network, name) for name in ("norm_out", "proj_out") if hasattr(network, name)]
-    return fingerprint(network, leave_out=[*later, *head])
 
 
 def _check_identity(

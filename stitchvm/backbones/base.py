@@ -40,6 +40,30 @@ class PrefixState:
         context = None if self.context is None else self.context[index]
         return replace(self, hidden=self.hidden[index], context=context, extra=extra)
 
+    def detach(self) -> PrefixState:
+        """Returns the state without its graph, to go on from once a gradient has been taken."""
+        extra = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.extra.items()}
+        context = None if self.context is None else self.context.detach()
+        return replace(self, hidden=self.hidden.detach(), context=context, extra=extra)
+
+    @staticmethod
+    def cat(states: Sequence[PrefixState]) -> PrefixState:
+        """Returns several states of one depth and grid as one batch."""
+        first = states[0]
+        if len(states) == 1:
+            return first
+        contexts = [state.context for state in states if state.context is not None]
+        extra = {
+            k: torch.cat([state.extra[k] for state in states]) if isinstance(v, Tensor) else v
+            for k, v in first.extra.items()
+        }
+        return replace(
+            first,
+            hidden=torch.cat([state.hidden for state in states]),
+            context=torch.cat(contexts) if contexts else None,
+            extra=extra,
+        )
+
 
 class Backbone(nn.Module, ABC):
     """A frozen flow-matching network whose first i blocks are features of a noisy latent.

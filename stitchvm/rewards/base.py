@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Embedding", "Probe", "Reward", "RewardTail"]
+__all__ = ["Embedding", "NotFiniteError", "Probe", "Reward", "RewardTail"]
+
+
+class NotFiniteError(ValueError):
+    """A score is NaN or infinite."""
 
 
 class Embedding(NamedTuple):
@@ -81,6 +85,10 @@ class Reward(nn.Module, ABC):
     and differentiable. Blocks are counted from 1: j = 1 hands over the patch embedding, before class
     token, positional embedding and first LayerNorm; j > 1 hands over the patch tokens after block j − 1.
 
+    An embedding is a direction: `score` does not depend on the length of image and text embedding, so that
+    callers may bring them to unit length. A reward that is no cosine puts into them what it likes under that
+    rule; one that cannot be cut (ImageReward) raises ValueError where a prefix or a tail is asked for.
+
     Attributes:
         id: What the reward was loaded from, for messages and model cards.
         init_args: The constructor's arguments as plain data, for `config.json`.
@@ -133,17 +141,19 @@ class Reward(nn.Module, ABC):
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Returns text embeddings with shape (B, E), normalised. Raises ValueError if not `uses_text`."""
+        """Returns text embeddings with shape (B, E), normalised (where `score` is affine; else what `score` takes,
+        one row a prompt). Raises ValueError if not `uses_text`."""
 
     @abstractmethod
     def score(self, image: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns r with shape (B,) from image embeddings (B, E) (normalised here) and text (B, E).
 
-        The score is affine in the normalised image embedding (see `affine`), so that an average of
-        normalised embeddings gives the average of scores.
+        Where the score is affine in the normalised image embedding (see `affine`), an average of normalised
+        embeddings gives the average of scores.
 
         Raises:
-            ValueError: If a score is not finite, or text is missing or does not match."""
+            NotFiniteError: If a score is not finite.
+            ValueError: If text is missing or does not match."""
 
     @abstractmethod
     def flops(self) -> int:
@@ -152,3 +162,13 @@ class Reward(nn.Module, ABC):
     def forward(self, pixels: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns r(pixels) with shape (B,), differentiable in the pixels."""
         return self.score(self.embed(pixels).image, text)
+
+
+def require_finite(r: Tensor, name: str) -> None:
+    """Raises ValueError if a reward is NaN or infinite, under the name of what computed it."""
+    bad = int((~r.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {len(r)} rewards are not finite (NaN or infinity). Look at "
+            "the images or latents that came in; dtype float32 if it was float16."
+        )

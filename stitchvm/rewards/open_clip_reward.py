@@ -1,4 +1,6 @@
-"""What all rewards on a CLIP of open_clip share: one frozen vision tower, cut before any block, and its text tower.
+"""What all rewards on a CLIP share: one frozen vision tower of open_clip, cut before any block, and its text tower.
+
+A `CLIPModel` of transformers passes for one of open_clip's (`transformers_clip.py`).
 
 e = r_φ(x),    tokens h = ln_post(blocks(…)),    score = cos(e, text)    unless a subclass says otherwise
 """
@@ -14,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stitchvm.rewards.attention import unify_attention
-from stitchvm.rewards.base import Embedding, Probe, Reward
+from stitchvm.rewards.base import Embedding, Probe, Reward, require_finite
 from stitchvm.rewards.clip_tail import CLASS_TOKENS, CLIPTail, block_flops, read_out
 from stitchvm.rewards.preprocess import Preprocess
+from stitchvm.rewards.transformers_clip import TransformersTower
 
 if TYPE_CHECKING:
     from stitchvm.rewards.checkpoint import LoadedCLIP
@@ -194,7 +197,8 @@ class OpenCLIPReward(Reward):
             text: Normalised text embeddings with shape (B, E) or (1, E), if the reward uses text.
 
         Raises:
-            ValueError: If a score is not finite, or text is missing or does not match.
+            NotFiniteError: If a score is not finite.
+            ValueError: If text is missing or does not match.
         """
         if image.ndim != 2 or image.shape[1] != self.embed_dim:
             raise ValueError(
@@ -203,12 +207,7 @@ class OpenCLIPReward(Reward):
         with torch.autocast(image.device.type, enabled=False):
             r = self._score(F.normalize(image.float(), dim=-1), text)
         if self.check_finite and not torch.compiler.is_compiling():
-            bad = int((~r.isfinite()).sum())
-            if bad:
-                raise ValueError(
-                    f"{self._name}: {bad} of {len(r)} rewards are not finite (NaN or infinity). Look at "
-                    "the images or latents that came in; dtype float32 if it was float16."
-                )
+            require_finite(r, self._name)
         return r
 
     def _score(self, e: Tensor, text: Tensor | None) -> Tensor:
@@ -244,6 +243,8 @@ def _checked_tower(model: Any, id: str) -> Any:
     from open_clip.transformer import VisionTransformer
 
     visual = model.visual
+    if isinstance(visual, TransformersTower):
+        return visual
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
             f"{id}: the vision tower is a {type(visual).__name__}; expected open_clip's VisionTransformer"

@@ -10,15 +10,16 @@ latent, `embed(z_t, t) -> (B, E)`, scored by the reward against the prompts' tex
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stitchvm.backbones.base import PrefixState
 from stitchvm.rewards.base import Reward
 
-BoundValue = Callable[[Tensor, Tensor], Tensor]
+Prefixes = Mapping[int, PrefixState]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -43,6 +44,49 @@ class VelocityModel(Protocol):
         self, z_t: Tensor, t: Tensor, cond: Any, guidance_scale: float | None = None
     ) -> Tensor:
         """Returns the velocity u_t(z_t), with the shape of z_t."""
+
+
+class BoundValue(ABC):
+    """A value bound to prompts: v(z_t, t) -> (B,).
+
+    Attributes:
+        name: What to call it in messages.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, z_t: Tensor, t: Tensor, prefixes: Prefixes | None = None) -> Tensor:
+        """Returns the values with shape (B,), differentiable in z_t where the estimator is.
+
+        Arguments:
+            z_t: The noisy latents, with shape (B, C, H, W).
+            t: The noise levels, with shape (B,) or (1,).
+            prefixes: States of the generator's null-text branch at (z_t, t), by depth, if somebody has run it
+                to the `depths` asked for; they spare the value its own run.
+        """
+
+    @abstractmethod
+    def select(self, index: Tensor) -> BoundValue:
+        """Returns the value of the samples `index`, a tensor of positions with repetitions."""
+
+    def depths(self, network: Any, null: Any) -> tuple[int, ...]:
+        """Returns the depths at which it reads the null-text branch of a transformer; none by default.
+
+        Arguments:
+            network: The diffusers transformer.
+            null: The condition of the null text that its branch runs under.
+        """
+        return ()
+
+
+class Bindable(Protocol):
+    """What samplers and fine-tuning ask of a value, single or a sum."""
+
+    def bind(
+        self, prompts: Sequence[str] | None = None, *, generator: Generators = None
+    ) -> BoundValue:
+        """Returns the value of latents for their prompts."""
 
 
 class Value(nn.Module, ABC):
@@ -118,13 +162,12 @@ class Value(nn.Module, ABC):
             ValueError: If prompts are missing; from v, if their number is not that of the latents.
         """
         prompts = list(prompts) if prompts is not None else None
-        text = self.encode_text(prompts)
+        return self._bound(prompts, self.encode_text(prompts), generator)
 
-        def v(z_t: Tensor, t: Tensor) -> Tensor:
-            mine, lines = match(prompts, text, len(z_t))
-            return self._value(z_t, t, mine, lines, generator)
-
-        return v
+    def _bound(
+        self, prompts: list[str] | None, text: Tensor | None, generator: Generators
+    ) -> BoundValue:
+        return BoundEstimator(self, prompts, text, generator)
 
     def _value(
         self,
@@ -135,6 +178,43 @@ class Value(nn.Module, ABC):
         generator: Generators,
     ) -> Tensor:
         return self.score(self.embed(z_t, t, prompts=prompts, generator=generator), text)
+
+
+class BoundEstimator(BoundValue):
+    """A single estimator bound to prompts.
+
+    Arguments:
+        value: The estimator.
+        prompts: One prompt per latent, or a single one for all, or None.
+        text: Their embeddings, or None.
+        generator: The randomness of estimators that need it.
+    """
+
+    def __init__(
+        self,
+        value: Value,
+        prompts: list[str] | None,
+        text: Tensor | None,
+        generator: Generators = None,
+    ) -> None:
+        self.value, self.prompts, self.text, self.generator = value, prompts, text, generator
+        self.name = f"{type(value).__name__} of {value.reward.id}"
+
+    def __call__(self, z_t: Tensor, t: Tensor, prefixes: Prefixes | None = None) -> Tensor:
+        """Returns the values with shape (B,)."""
+        prompts, text = match(self.prompts, self.text, len(z_t))
+        return self.value._value(z_t, t, prompts, text, self.generator)
+
+    def select(self, index: Tensor) -> BoundEstimator:
+        """Returns the value of the samples `index`."""
+        places = index.tolist()
+        prompts, text, generator = self.prompts, self.text, self.generator
+        if prompts is not None and len(prompts) > 1:
+            prompts = [prompts[i] for i in places]
+            text = None if text is None else text[index.to(text.device)]
+        if isinstance(generator, Sequence) and len(generator) > 1:
+            generator = [generator[i] for i in places]
+        return type(self)(self.value, prompts, text, generator)
 
 
 def match(

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from stitchvm.rewards.base import Reward
 from stitchvm.value_model import StitchedValueModel
-from stitchvm.values.base import Generators, Value, same_level
+from stitchvm.values.base import (
+    BoundEstimator,
+    BoundValue,
+    Generators,
+    Prefixes,
+    Value,
+    match,
+    same_level,
+)
 from stitchvm.values.parts import Parts, ValueFactory, frozen
 
 
@@ -24,6 +36,42 @@ class StitchedValue(Value):
         super().__init__(value_model.reward)
         self.value_model = value_model
 
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, generator: Any = None, reward: Reward | None = None
+    ) -> StitchedValue:
+        """Loads a value model, frozen; on a generator of the same backbone it shares its transformer.
+
+        A value model of another backbone on the same latent space brings its own blocks along.
+
+        Arguments:
+            path: A folder, `world:NAME` or a hub id.
+            generator: The generator whose latents are valued; its weights are used if they are those the value
+                model was distilled on.
+            reward: An already loaded reward to share.
+
+        Raises:
+            FileNotFoundError: If there is no value model at `path`.
+            ValueError: If the value model does not fit the given reward, or the generator's latent space.
+        """
+        backbone = None if generator is None else generator.lend(StitchedValueModel.read(path))
+        model = StitchedValueModel.from_pretrained(path, backbone=backbone, reward=reward)
+        if generator is not None:
+            channels = model.backbone.latent_channels
+            if channels != generator.latent_channels:
+                raise ValueError(
+                    f"the value model {path} reads latents of {channels} channels ({model.backbone.id}), but "
+                    f"{generator.id} has {generator.latent_channels}: distil a value model on a backbone with "
+                    "the generator's VAE."
+                )
+            model.to(generator.device)
+        return cls(frozen(model))
+
+    def _bound(
+        self, prompts: list[str] | None, text: Tensor | None, generator: Generators
+    ) -> BoundValue:
+        return BoundStitched(self, prompts, text, generator)
+
     def embed(
         self,
         z_t: Tensor,
@@ -36,22 +84,55 @@ class StitchedValue(Value):
         return self.value_model(z_t, same_level(t, z_t)).image
 
 
+class BoundStitched(BoundEstimator):
+    """A stitched value bound to prompts; it goes on from a prefix of the generator's null-text branch."""
+
+    value: StitchedValue
+
+    def __call__(self, z_t: Tensor, t: Tensor, prefixes: Prefixes | None = None) -> Tensor:
+        """Returns the values with shape (B,), from the prefix at its depth if there is one."""
+        model = self.value.value_model
+        if prefixes is None or model.i not in prefixes:
+            return super().__call__(z_t, t)
+        _, text = match(self.prompts, self.text, len(z_t))
+        image = model.from_features(prefixes[model.i].features()).image
+        return self.value.score(image, text)
+
+    def depths(self, network: Any, null: Any) -> tuple[int, ...]:
+        """Returns (i,) if the value model runs on that transformer, under that null text."""
+        backbone = self.value.value_model.backbone
+        if getattr(backbone, "network", None) is not network or not same_null(backbone, null):
+            return ()
+        return (self.value.value_model.i,)
+
+
+def same_null(backbone: Any, null: Any) -> bool:
+    """Returns whether a backbone's null text is a given condition."""
+    pairs = ((backbone.null_context, null.tokens), (backbone.null_pooled, null.pooled))
+    return all(torch.equal(a.to(b), b) for a, b in pairs if a.shape == b.shape) and all(
+        a.shape == b.shape for a, b in pairs
+    )
+
+
 class StitchedFactory(ValueFactory):
-    """Loads a value model that `stitchvm fit` wrote, sharing the run's reward.
+    """Loads a value model that `stitchvm fit` wrote, sharing the run's reward and, if asked, its generator.
 
     Arguments:
         path: A folder, `world:NAME` or a hub id.
+        share_generator: Whether to run on the generator's transformer where its weights are those the value model
+            was distilled on (one copy in memory, and the null-text branch is computed once).
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, share_generator: bool = False) -> None:
+        self.path, self.share_generator = path, share_generator
 
     def __call__(self, parts: Parts) -> StitchedValue:
         """Returns the value; its reward becomes the run's if none is configured."""
         reward = parts.reward if parts.has("reward") else None
-        model = StitchedValueModel.from_pretrained(self.path, reward=reward)
-        parts.offer_reward(model.reward)
-        return StitchedValue(frozen(model))
+        generator = parts.generator if self.share_generator else None
+        value = StitchedValue.from_pretrained(self.path, generator=generator, reward=reward)
+        parts.offer_reward(value.reward)
+        return value
 
     def sources(self) -> dict[str, str]:
         """Returns the value model's path."""
