@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch.utils.data import Dataset
 
@@ -42,6 +43,12 @@ def evaluation_loader(data: Any, dataset: Dataset[Sample]) -> Loader:
 
 
 def ranks(trainer: Trainer | None) -> tuple[int, int]:
-    """Returns (rank, number of devices) among which data is divided, (0, 1) without a Trainer."""
-    kwargs = trainer.distributed_sampler_kwargs if trainer is not None else None
+    """Returns (rank, number of devices) among which data is divided: the Trainer's.
+
+    Without a Trainer, those of the process group, and (0, 1) where there is none.
+    """
+    if trainer is None:
+        grouped = dist.is_available() and dist.is_initialized()
+        return (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    kwargs = trainer.distributed_sampler_kwargs
     return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)

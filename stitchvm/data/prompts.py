@@ -1,27 +1,36 @@
-"""Prompts for sampling and fine-tuning: a text file (DrawBench), JSON lines, or the prompts of HPDv2."""
+"""Prompts for sampling and fine-tuning: from a file (see `stitchvm/data/prompt_files.py`) or given as they are."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
-from stitchvm.data.annotations import field, read_json
 from stitchvm.data.base import Sample
 from stitchvm.data.checks import evaluation_loader
 from stitchvm.data.loader import Loader
 from stitchvm.data.module import DataModule
-from stitchvm.data.reading import require
+from stitchvm.data.prompt_files import Entry, read_entries, read_prompts
+
+__all__ = ["PromptDataset", "PromptModule", "Prompts", "read_prompts"]
 
 
 class PromptDataset(Dataset[Sample]):
-    """Prompts by their index."""
+    """Prompts by their index.
 
-    def __init__(self, prompts: Sequence[str]) -> None:
+    Arguments:
+        prompts: The prompts.
+        metadata: GenEval's entry of each; samples then have `metadata`.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]] | None = None
+    ) -> None:
         self.prompts = list(prompts)
+        self.metadata = None if metadata is None else list(metadata)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -32,43 +41,23 @@ class PromptDataset(Dataset[Sample]):
         return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
-        return {"index": index, "prompt": self.prompts[index]}
+        sample: Sample = {"index": index, "prompt": self.prompts[index]}
+        return sample if self.metadata is None else sample | {"metadata": self.metadata[index]}
 
 
-class Prompts(DataModule):
-    """Batches with `prompt` alone: shuffled for training, in order for validation, test and predict.
+class PromptModule(DataModule):
+    """Batches with `prompt` and no images: shuffled for training, in order for validation, test and predict.
+
+    A subclass says which prompts: `fit_data`. With several devices each gets its own part of the prompts, unpadded:
+    only with a batch size of 1, or more devices than prompts, may one be given out twice (the same `index`).
 
     Arguments:
-        path: A .txt file with one prompt a line, or a .jsonl file or .json list (HPDv2's train.json) of objects
-            with `key`.
-        val_path: The prompts for validation, test and predict; by default the same.
-        key: The key of the prompt in JSON.
-        unique: Whether to keep each prompt once, as DrawBench's 1,000-line files and HPDv2's pairs repeat them.
         batch_size: Prompts per batch and device.
         seed: Fixes the order of the training prompts.
     """
 
-    def __init__(
-        self,
-        path: str,
-        val_path: str | None = None,
-        key: str = "prompt",
-        unique: bool = True,
-        batch_size: int = 8,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, batch_size: int = 8, seed: int = 0) -> None:
         super().__init__(resolution=1, batch_size=batch_size, num_workers=0, seed=seed)
-        self.path = path
-        self.val_path = val_path
-        self.key = key
-        self.unique = unique
-
-    def fit_data(self) -> tuple[PromptDataset, PromptDataset]:
-        train = read_prompts(self.path, self.key, self.unique)
-        val = (
-            train if self.val_path is None else read_prompts(self.val_path, self.key, self.unique)
-        )
-        return PromptDataset(train), PromptDataset(val)
 
     def setup(self, stage: str | None = None) -> None:
         super().setup("fit" if stage == "fit" else None)
@@ -82,36 +71,75 @@ class Prompts(DataModule):
         return evaluation_loader(self, self.val_data)
 
 
-def read_prompts(path: str | Path, key: str = "prompt", unique: bool = True) -> list[str]:
-    """Returns the prompts of a file, blank ones left out.
+class Prompts(PromptModule):
+    """Prompts of a file, or given: batches with `prompt`, from GenEval's file also `metadata`.
+
+    Arguments:
+        path: A .txt file with one prompt a line (DrawBench), or a .jsonl file or .json list of texts or of objects
+            with `key` (HPDv2's train.json, GenEval's evaluation_metadata.jsonl).
+        prompts: The prompts themselves, in place of `path`.
+        val_path: The prompts for validation, test and predict; by default the same.
+        key: The key of the prompt in JSON.
+        unique: Whether each prompt comes once. From a file, which may repeat them (DrawBench's 1,000 lines, HPDv2's
+            pairs), the first of each is kept; in `prompts` a repetition is an error.
+        batch_size: Prompts per batch and device.
+        seed: Fixes the order of the training prompts.
 
     Raises:
-        ValueError: If there is no such file, it is malformed, or it has no prompts.
+        ValueError: If not exactly one of `path` and `prompts` is given, or `prompts` has none, an empty one, or,
+            with `unique`, one twice.
     """
-    file = require(
-        path, [""], "The file of prompts", "wherever your prompts are (.txt, .jsonl or .json)"
-    )
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder; expected a .txt, .jsonl or .json file of prompts.")
-    if file.suffix == ".json":
-        prompts = [field(entry, (key,), file, i) for i, entry in enumerate(read_json(file, list))]
-    elif file.suffix == ".jsonl":
-        prompts = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(
-                        f"Line {number} of {file} is not valid JSON ({error})."
-                    ) from error
-                prompts.append(field(entry, (key,), file, f"in line {number}"))
-    else:
-        prompts = file.read_text(encoding="utf-8").splitlines()
-    prompts = [str(prompt).strip() for prompt in prompts]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
+
+    def __init__(
+        self,
+        path: str | None = None,
+        prompts: list[str] | None = None,
+        val_path: str | None = None,
+        key: str = "prompt",
+        unique: bool = True,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        if (path is None) == (prompts is None):
+            raise ValueError(
+                f"got path = {path!r} and prompts = {prompts!r}: give exactly one of them, a file "
+                '(--data.path) or the prompts themselves (--data.prompts \'["a", "b"]\'); null takes back the other.'
+            )
+        if prompts is not None:
+            _check_given(prompts, unique)
+        self.path = path
+        self.prompts = prompts
+        self.val_path = val_path
+        self.key = key
+        self.unique = unique
+
+    def fit_data(self) -> tuple[PromptDataset, PromptDataset]:
+        if self.prompts is not None:
+            train = PromptDataset([prompt.strip() for prompt in self.prompts])
+        else:
+            train = self._read(self.path)
+        return train, train if self.val_path is None else self._read(self.val_path)
+
+    def _read(self, path: str | None) -> PromptDataset:
+        assert path is not None
+        return dataset_of(read_entries(path, self.key, self.unique))
+
+
+def dataset_of(entries: Sequence[Entry]) -> PromptDataset:
+    """Returns the data set of entries of which all have metadata, or none."""
+    metadata = [entry.metadata for entry in entries if entry.metadata is not None]
+    return PromptDataset([entry.prompt for entry in entries], metadata or None)
+
+
+def _check_given(prompts: Sequence[str], unique: bool) -> None:
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list, got one text: [{prompts!r}]")
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"prompts must be a list of texts that are not empty, got {prompts!r}.")
+    counts = Counter(prompt.strip() for prompt in prompts)
+    twice = [prompt for prompt, count in counts.items() if count > 1]
+    if twice and unique:
         raise ValueError(
-            f"{file} has no prompts; expected one a line, or objects with the key {key!r}."
+            f"prompts has {twice[0]!r} {counts[twice[0]]} times: set unique to false to sample it as often."
         )
-    return list(dict.fromkeys(prompts)) if unique else prompts

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
+from stitchvm.data.prompts import Prompts
 from tests.data.test_resume import NumbersData, Recorder, fit
 
 
@@ -74,3 +75,37 @@ def test_two_processes(tmp_path: Path) -> None:
     # Seven validation images in twos: each once, without padding, although Lightning would add its own sampler.
     val = run(tmp_path, validate=True)["val"]
     assert sorted(val[0] + val[1]) == list(range(7)) and val[0] == [0, 2, 4, 6]
+
+
+class Prompted(pl.LightningModule):
+    """Writes which prompts its process was given."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.seen: list[Any] = []
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.seen.append(list(zip(batch["index"].tolist(), batch["prompt"], strict=True)))
+
+    def on_predict_end(self) -> None:
+        (self.folder / f"{self.global_rank}.json").write_text(json.dumps(self.seen))
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_prompts(tmp_path: Path) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    data = Prompts(prompts=[f"p{i}" for i in range(7)], batch_size=3)
+    trainer.predict(Prompted(tmp_path), datamodule=data, return_predictions=False)
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [[i for i, _ in batch] for batch in seen[0]] == [[0, 2, 4], [6]]
+    assert [[i for i, _ in batch] for batch in seen[1]] == [[1, 3], [5]]
+    assert all(prompt == f"p{i}" for part in seen for batch in part for i, prompt in batch)
