@@ -142,12 +142,19 @@ def main() -> None:
     parser.add_argument(
         "--train-only", action="store_true", help="leave the evaluation to a later call"
     )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["stitched", "vae_stitch"],
+        choices=["stitched", "vae_stitch"],
+        help="which to train with --train-only",
+    )
     args = parser.parse_args()
     for reward in args.rewards:
         if args.train_only:
             for seed in args.seeds:
-                for vae_stitch in (False, True):
-                    distil(reward, vae_stitch, seed, args.steps)
+                for model in args.models:
+                    distil(reward, model == "vae_stitch", seed, args.steps)
             continue
         truth = (args.truth[0], args.truth[1])
         runs = [evaluate(reward, seed, args.steps, args.images, truth) for seed in args.seeds]

@@ -6,7 +6,9 @@ known: E[(a − b)²]/4 =: s². With m the mean squared error and v the variance
     R² = 1 − m / v,      noise-corrected R² = 1 − (m − s²) / (v − s²),      RMSE = √m.
 
 R² is 1 for the truth, 0 for the best constant, and negative for worse than that. The correction removes
-the truth's noise from both, which the plain R² charges to the estimator. Standard errors: 1000 bootstrap
+the truth's noise from both, which the plain R² charges to the estimator. With ρ the correlation of estimate and
+truth, ρ² is the R² after the best affine map of the estimate ("r2_calibrated"): what is lost between the two is
+bias and scale, which a ranking, a resampling weight or a step size does not see. Standard errors: 1000 bootstrap
 resamples of the samples, with a fixed seed.
 """
 
@@ -21,7 +23,8 @@ from stitchvm.metrics.estimate import Estimate, first_by_index
 
 
 def truth_errors(estimate: Tensor, half_a: Tensor, half_b: Tensor) -> dict[str, Tensor]:
-    """Returns r2, r2_corrected, rmse, truth_noise (s) and truth_std (√v) over the last dimension.
+    """Returns r2, r2_corrected, r2_calibrated (ρ²), bias (mean of estimate − truth), rmse, truth_noise (s) and
+    truth_std (√v) over the last dimension.
 
     Arguments:
         estimate: The estimated values, with shape (..., N).
@@ -32,9 +35,13 @@ def truth_errors(estimate: Tensor, half_a: Tensor, half_b: Tensor) -> dict[str, 
     mse = (estimate - truth).square().mean(dim=-1)
     variance = truth.var(dim=-1, correction=0)
     noise = (half_a - half_b).square().mean(dim=-1) / 4
+    spread = estimate.var(dim=-1, correction=0)
+    both = (estimate * truth).mean(dim=-1) - estimate.mean(dim=-1) * truth.mean(dim=-1)
     return {
         "r2": 1 - mse / variance,
         "r2_corrected": 1 - (mse - noise) / (variance - noise),
+        "r2_calibrated": both.square() / (spread * variance),
+        "bias": (estimate - truth).mean(dim=-1),
         "rmse": mse.sqrt(),
         "truth_noise": noise.sqrt(),
         "truth_std": variance.sqrt(),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stitchvm.modules.evaluation import ValueEvaluation
 
 # Metrics left out of the terminal's table; metrics.json has all.
-DETAILS = ("truth_noise", "truth_std", "mean_r5", "mean_r10")
+DETAILS = ("truth_noise", "truth_std", "r2_corrected", "bias", "mean_r5", "mean_r10")
 
 
 def report(module: ValueEvaluation) -> None:
@@ -43,7 +43,7 @@ def report(module: ValueEvaluation) -> None:
         print(f"wrote {retention_curves(module.records, module.folder / 'retention.png')}")
 
 
-def run_config(module: ValueEvaluation) -> Any:
+def run_config(module: Any) -> Any:
     """Returns the run's configuration as plain data, from the command line; None without one."""
     import yaml
 

@@ -73,6 +73,20 @@ def test_r2_of_a_constant_is_zero() -> None:
     assert float(errors["rmse"]) == pytest.approx(float(errors["truth_std"]))
 
 
+def test_a_biased_scaled_estimate_is_calibrated_by_an_affine_map() -> None:
+    truth = torch.randn(500).double()
+    noisy = truth + 0.5 * torch.randn(500)
+    estimate = 3 * noisy + 2
+    errors = truth_errors(estimate, truth, truth)
+    slope, intercept, rho, *_ = scipy_stats.linregress(estimate.numpy(), truth.numpy())
+    mapped = truth_errors(slope * estimate + intercept, truth, truth)
+    assert float(errors["r2_calibrated"]) == pytest.approx(rho**2, abs=1e-9)
+    assert float(errors["r2_calibrated"]) == pytest.approx(float(mapped["r2"]), abs=1e-9)
+    assert float(errors["r2"]) < 0 < float(mapped["r2"])
+    assert float(errors["bias"]) == pytest.approx(float((estimate - truth).mean()))
+    assert float(mapped["bias"]) == pytest.approx(0, abs=1e-9)
+
+
 def test_bad_input_is_named() -> None:
     one = torch.ones(1)
     with pytest.raises(ValueError, match="not finite"):
