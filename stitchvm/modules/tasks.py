@@ -65,6 +65,11 @@ class Task(ABC):
                 f"a {self.name} evaluation compares images with texts, but the reward {reward.id} reads no "
                 "text: choose a CLIP-like reward, or an aesthetic data set."
             )
+        if self.needs_text and not reward.affine:
+            raise ValueError(
+                f"a {self.name} evaluation compares images with texts by the product of their embeddings, but the "
+                f"reward {reward.id} scores them in another way: choose a CLIP-like reward."
+            )
 
     def texts(self, batch: dict[str, Any], reward: Reward, encode: Encode) -> Texts:
         """Returns the batch's texts; `encode` maps prompts to embeddings."""

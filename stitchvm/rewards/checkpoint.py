@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from stitchvm.hub import resolve, resolve_file
 from stitchvm.rewards.weights import is_torchscript, load_strictly, read_state_dict
 
-__all__ = ["LoadedCLIP", "load_clip", "warn_licence"]
+__all__ = ["LoadedCLIP", "first_on_hub", "load_clip", "warn_licence"]
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (
@@ -138,7 +138,7 @@ def _folder_source(model: str, checkpoint: str | None) -> _Source:
         if checkpoint is not None:
             return _file(checkpoint, model)
         if kind == "hf-hub":
-            return _first_on_hub(name)
+            return first_on_hub(name)
         found = [folder / file for file in WEIGHTS if (folder / file).is_file()]
         others = sorted(folder.glob("*.pt"))
         if not found and len(others) != 1:
@@ -207,28 +207,28 @@ def _file(checkpoint: str, model: str, tags: tuple[str, ...] = ()) -> Path:
 
 def _tagged(preset: dict[str, Any]) -> Path:
     if preset.get("hf_hub"):
-        return _first_on_hub(preset["hf_hub"].rstrip("/"))
+        return first_on_hub(preset["hf_hub"].rstrip("/"))
     from open_clip.pretrained import download_pretrained
 
     return Path(download_pretrained(preset))
 
 
-def _first_on_hub(repository: str) -> Path:
+def first_on_hub(repository: str, files: Sequence[str] = WEIGHTS) -> Path:
     """Returns the first of the usual weight files that a hub repository has, or that is in the cache."""
     from huggingface_hub import errors, try_to_load_from_cache
 
-    for file in WEIGHTS:
+    for file in files:
         cached = try_to_load_from_cache(repository, file)
         if isinstance(cached, str):
             return Path(cached)
-    for file in WEIGHTS[:-1]:
+    for file in files[:-1]:
         try:
             return resolve_file(f"{repository}/{file}")
         except FileNotFoundError as error:
             hopeless = errors.LocalEntryNotFoundError, errors.RepositoryNotFoundError
             if isinstance(error.__cause__, hopeless):  # offline, gated, no such repository
                 raise
-    return resolve_file(f"{repository}/{WEIGHTS[-1]}")
+    return resolve_file(f"{repository}/{files[-1]}")
 
 
 def _check_activation(model: str, source: _Source) -> None:

@@ -43,7 +43,7 @@ def read_out(x: Tensor, visual: Any) -> Embedding:
 
 def block_flops(block: Any, num_tokens: int, width: int) -> int:
     """Returns the multiply-add FLOPs (2 per multiply-add) of one block for one sample."""
-    mlp: int = block.mlp.c_fc.weight.numel() + block.mlp.c_proj.weight.numel()
+    mlp: int = sum(weight.numel() for weight in block.mlp.parameters() if weight.ndim == 2)
     projections = 4 * width * width
     return 2 * num_tokens * (projections + mlp + 2 * num_tokens * width)
 

@@ -1,18 +1,21 @@
 """Pixels in [0, 1] to the input of a CLIP tower, on tensors and differentiable.
 
-Resampling is bicubic with antialiasing (a = −1/2, as PIL's), by one of four rules:
+Resampling is bicubic with antialiasing (a = −1/2, as PIL's), by one of five rules:
 
-    shortest  the shorter side → the tower's size, then a centre crop               OpenAI CLIP
-    squash    both sides → the tower's size, the aspect ratio is lost               DFN-CLIP
-    longest   the longer side → the tower's size, the rest is black; clamped        open_clip
-    pad       the same as longest, rounded and padded as HPSv2 does, not clamped    HPSv2
+    shortest   the shorter side → the tower's size, then a centre crop               OpenAI CLIP, ImageReward
+    processor  the same, but the crop's corner is rounded down, as in transformers   PickScore
+    squash     both sides → the tower's size, the aspect ratio is lost               DFN-CLIP
+    longest    the longer side → the tower's size, the rest is black; clamped        open_clip
+    pad        the same as longest, rounded and padded as HPSv2 does, not clamped    HPSv2
 
 The padding is black *before* the normalisation (x − mean)/std. PIL works on bytes: it clips the overshoot of the
-bicubic kernel after either of its two passes, and so do the first three rules here. HPSv2 resamples a float
+bicubic kernel after either of its two passes, and so do the first four rules here. HPSv2 resamples a float
 tensor and does not. An image that already has the right size is not touched.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 __all__ = ["RESIZE_MODES", "Preprocess"]
 
-RESIZE_MODES = ("shortest", "squash", "longest", "pad")
+RESIZE_MODES = ("shortest", "processor", "squash", "longest", "pad")
 
 
 class Preprocess(nn.Module):
@@ -96,7 +99,7 @@ class Preprocess(nn.Module):
         h, w = self.size
         if self.mode == "squash":
             return self.size
-        if self.mode == "shortest" and h == w:
+        if self.mode in ("shortest", "processor") and h == w:
             # torchvision's Resize(int): the longer side is truncated, not rounded
             short, long = min(height, width), max(height, width)
             other = int(h * long / short)
@@ -105,7 +108,7 @@ class Preprocess(nn.Module):
             scale = min(h, w) / max(height, width)
             return round(height * scale), round(width * scale)
         ratios = height / h, width / w
-        ratio = min(ratios) if self.mode == "shortest" else max(ratios)
+        ratio = min(ratios) if self.mode in ("shortest", "processor") else max(ratios)
         return round(height / ratio), round(width / ratio)
 
     def _resample(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -120,5 +123,6 @@ class Preprocess(nn.Module):
         if down or right:
             x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
             height, width = x.shape[-2:]
-        top, left = round((height - h) / 2), round((width - w) / 2)
+        whole = math.floor if self.mode == "processor" else round
+        top, left = whole((height - h) / 2), whole((width - w) / 2)
         return x[..., top : top + h, left : left + w]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_torchscript", "load_strictly", "read_state_dict"]
+__all__ = ["fill_positions", "is_torchscript", "load_strictly", "read_state_dict"]
 
 # what a TorchScript archive holds beside its weights
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -59,13 +60,19 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def load_strictly(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    name_in_file: Callable[[str], str] = str,
+) -> None:
     """Gives the network a checkpoint's tensors, as they are: without a copy, in the file's dtype.
 
     Arguments:
         network: The network; it may be on the meta device.
         state: The tensors by name.
         source: What they are, for the message.
+        name_in_file: Maps the network's name of a tensor to that in the checkpoint, if they differ.
 
     Raises:
         ValueError: If keys are missing or unexpected, or have another shape; they are named.
@@ -74,7 +81,9 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> 
         from open_clip.model import convert_to_custom_text_state_dict
 
         state = convert_to_custom_text_state_dict(state)
-    own = network.state_dict()
+    tensors = network.state_dict()
+    names = {name_in_file(key): key for key in tensors}
+    own = {name: tensors[key] for name, key in names.items()}
     if "logit_scale" in state:  # (1,) or () in different releases
         state = {**state, "logit_scale": state["logit_scale"].reshape(own["logit_scale"].shape)}
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -97,4 +106,12 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], source: str) -> 
             f"the checkpoint does not fit {source}: {'; '.join(problems)}. Give the architecture that it "
             "was made for, or the right file."
         )
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict({names[key]: value for key, value in state.items()}, assign=True)
+
+
+def fill_positions(network: nn.Module) -> None:
+    """Gives transformers' networks on the meta device the numbers 0, 1, … that no checkpoint need have."""
+    for module in network.modules():
+        positions = module._buffers.get("position_ids")
+        if positions is not None:
+            module._buffers["position_ids"] = torch.arange(positions.shape[-1])[None]

@@ -99,7 +99,9 @@ def test_wrong_pixels_are_named(pixels):
 
 
 def test_unknown_mode_is_an_error():
-    with pytest.raises(ValueError, match="expected one of shortest, squash, longest, pad"):
+    with pytest.raises(
+        ValueError, match="expected one of shortest, processor, squash, longest, pad"
+    ):
         Preprocess((32, 32), "fit", MEAN, STD)
     with pytest.raises(ValueError, match="'bicubic' or 'bilinear'"):
         Preprocess((32, 32), "pad", MEAN, STD, "nearest")
