@@ -114,7 +114,7 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 def sha256_of(path: str | Path) -> str:
     """Returns the SHA-256 of a file's bytes, or of a folder: its files' names and hashes, sorted.
 
-    Hidden files and folders do not count.
+    Hidden files and folders do not count, nor a README.md: a card may be written on without the weights changing.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
@@ -128,7 +128,7 @@ def sha256_of(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
         name = file_path.relative_to(path)
-        if not any(part.startswith(".") for part in name.parts):
+        if name.name != "README.md" and not any(part.startswith(".") for part in name.parts):
             digest.update(f"{name.as_posix()}\0{sha256_of(file_path)}\n".encode())
     return digest.hexdigest()
 

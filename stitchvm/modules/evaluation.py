@@ -55,6 +55,8 @@ class ValueEvaluation(LightningModule):
         truth_rollouts: The roll-outs per image and noise level of the truth, an even number.
         truth_steps: The steps of each.
         plot: Whether to draw the plot of Figure 2.
+        write_cards: Whether to put the measured table into the model card of every value model that was tested
+            from a local folder.
 
     Attributes:
         run_config: The run's configuration as YAML, set by the command line, for metrics.json.
@@ -81,6 +83,7 @@ class ValueEvaluation(LightningModule):
         truth_rollouts: int = 64,
         truth_steps: int = 20,
         plot: bool = True,
+        write_cards: bool = True,
     ) -> None:
         super().__init__()
         self.sigmas = tuple(SIGMAS if sigmas is None else sigmas)
@@ -106,7 +109,7 @@ class ValueEvaluation(LightningModule):
         self.factories = dict(estimators)
         self.part_factories = (reward, generator, vae)
         self.clean, self.plot, self.seed = clean, plot, seed
-        self.overwrite, self.task_name = overwrite, task
+        self.overwrite, self.task_name, self.write_cards = overwrite, task, write_cards
         self.truth_images, self.truth_rollouts = truth_images, truth_rollouts
         self.truth_steps = truth_steps
         self.parts: Parts | None = None

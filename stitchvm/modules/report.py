@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json, a table in the terminal, the plot of Figure 2."""
+"""What an evaluation leaves behind: metrics.json, a table in the terminal, the plot of Figure 2, measured cards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from stitchvm.modules.card import write_measured
 from stitchvm.plots import retention_curves
 from stitchvm.results import weights_of, write_results
 from stitchvm.spec import fingerprint
@@ -41,6 +42,13 @@ def report(module: ValueEvaluation) -> None:
     print(f"wrote {path}")
     if module.plot and module.sigmas and module.factories:
         print(f"wrote {retention_curves(module.records, module.folder / 'retention.png')}")
+    if module.write_cards:
+        data = (describe_data(module.datamodule) or module.task.name).rpartition(".")[2]
+        for name, factory in module.factories.items():
+            for source in factory.sources().values():
+                card = write_measured(source, data, name, shown)
+                if card is not None:
+                    print(f"wrote {card}")
 
 
 def run_config(module: Any) -> Any:
