@@ -126,7 +126,7 @@ def group_advantages(
         "groups": float(len(table.mean)),
         "group_size_min": table.count.min().item(),
         "group_size_max": table.count.max().item(),
-        "advantage_std": advantages.square().mean().sqrt().item(),
+        "advantage_std": advantages.sort().values.square().mean().sqrt().item(),
     }
     return Advantages(advantages.float().to(rewards.device), stats)
 

@@ -117,7 +117,7 @@ def test_on_policy_loss_and_gradient():
     for kind in ("sde", "cps"):
         velocity = u.clone().requires_grad_()
         step = transition(z, velocity, 0.6, 0.5, noise_level=0.7, kind=kind)
-        following = step.sample(eps).detach()
+        following = step.sample(eps)  # depends on μ, but what was sampled is given
         log_prob = step.log_prob(following)
         terms = grpo_loss(log_prob, log_prob.detach(), a, clip=1e-4)
         assert torch.equal(terms["loss"], -a)

@@ -87,6 +87,7 @@ def test_windows_that_do_not_fit():
 
 def test_training_levels_lie_above_the_stop():
     sigmas = sigma_grid(25, shift=3.0)
+    assert training_levels(sigmas.double(), 9, 2, key=(0,)).dtype == torch.float32
     for stop in (1, 12, 17, 25):
         levels = training_levels(sigmas, stop, 8, key=(0, 1, "rank", 2))
         number = max(int(0.99 * stop), 1)
