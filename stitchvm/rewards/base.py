@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Embedding", "NotFiniteError", "Probe", "Reward", "RewardTail"]
+__all__ = ["Embedding", "NotFiniteError", "Probe", "Reward", "RewardTail", "require_finite"]
 
 
 class NotFiniteError(ValueError):
@@ -85,9 +85,9 @@ class Reward(nn.Module, ABC):
     and differentiable. Blocks are counted from 1: j = 1 hands over the patch embedding, before class
     token, positional embedding and first LayerNorm; j > 1 hands over the patch tokens after block j − 1.
 
-    An embedding is a direction: `score` does not depend on the length of image and text embedding, so that
-    callers may bring them to unit length. A reward that is no cosine puts into them what it likes under that
-    rule; one that cannot be cut (ImageReward) raises ValueError where a prefix or a tail is asked for.
+    An embedding is a direction: callers may bring image and text embeddings to unit length, and the score is the
+    same. A reward that is no cosine puts into them what it likes under that rule; one that cannot be cut
+    (ImageReward) raises ValueError where a prefix or a tail is asked for.
 
     Attributes:
         id: What the reward was loaded from, for messages and model cards.
@@ -165,10 +165,10 @@ class Reward(nn.Module, ABC):
 
 
 def require_finite(r: Tensor, name: str) -> None:
-    """Raises ValueError if a reward is NaN or infinite, under the name of what computed it."""
+    """Raises NotFiniteError if a reward is NaN or infinite, under the name of what computed it."""
     bad = int((~r.isfinite()).sum())
     if bad:
-        raise ValueError(
+        raise NotFiniteError(
             f"{name}: {bad} of {len(r)} rewards are not finite (NaN or infinity). Look at "
             "the images or latents that came in; dtype float32 if it was float16."
         )

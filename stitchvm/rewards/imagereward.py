@@ -128,7 +128,8 @@ class ImageReward(Reward):
             text: Text embeddings with shape (B, 36) or (1, 36), of any length.
 
         Raises:
-            ValueError: If a score is not finite, or image or text has another shape.
+            NotFiniteError: If a score is not finite.
+            ValueError: If image or text has another shape.
         """
         if image.ndim != 2 or image.shape[1] != self.embed_dim:
             raise ValueError(

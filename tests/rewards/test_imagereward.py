@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from stitchvm.rewards import blip
+from stitchvm.rewards.base import NotFiniteError
 from stitchvm.rewards.imagereward import ImageReward
 from stitchvm.spec import build, fingerprint, spec_of
 from tests.rewards import published
@@ -246,7 +247,7 @@ def test_not_finite_is_named(folder, reward, value):
     pixels = torch.rand(3, 3, 32, 32)
     pixels[1] = value
     text = reward.encode_text(PROMPTS)
-    with pytest.raises(ValueError, match=r"ImageReward\(.*1 of 3 rewards are not finite"):
+    with pytest.raises(NotFiniteError, match=r"ImageReward\(.*1 of 3 rewards are not finite"):
         reward(pixels, text)
     assert not ImageReward(folder, check_finite=False)(pixels, text)[1].isfinite()
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from stitchvm.rewards import checkpoint
 from stitchvm.rewards.aesthetic import AestheticReward
+from stitchvm.rewards.base import NotFiniteError
 from stitchvm.rewards.clip import CLIPReward
 from stitchvm.rewards.hpsv2 import HPSv2Reward
 from stitchvm.spec import build, fingerprint, spec_of
@@ -104,7 +105,9 @@ def test_not_finite_is_named_at_once(folder, value):
     pixels = torch.rand(3, 3, 32, 32)
     pixels[1] = value
     text = reward.encode_text(PROMPTS[:1])
-    with pytest.raises(ValueError, match=r"CLIPReward\(local-dir.*1 of 3 rewards are not finite"):
+    with pytest.raises(
+        NotFiniteError, match=r"CLIPReward\(local-dir.*1 of 3 rewards are not finite"
+    ):
         reward(pixels, text)
     assert not CLIPReward(folder, check_finite=False)(pixels, text)[1].isfinite()
 
