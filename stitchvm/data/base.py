@@ -9,7 +9,11 @@ Every data module of the library yields plain dicts with these keys (those that 
 | `latents`  | float (B, C, h, w)                 | the VAE's latent of `pixels`, scaled, when cached     |
 | `prompt`   | list[str], length B                | the text that belongs to the image                    |
 | `captions` | list[list[str]], length B          | all captions of the image (retrieval)                 |
-| `group`    | int64 (B,)                         | which prompt's images belong together (preference)    |
+| `metadata` | list[dict], length B               | GenEval's entry of the prompt                         |
+| `file`     | list[str], length B                | where the image is, below its folder (samples)        |
+| `seed`     | int64 (B,)                         | the seed that the image was sampled with (samples)    |
+| `group`    | int64 (B,)                         | which prompt's images belong together (preference,    |
+|            |                                    | samples: the number of the prompt)                    |
 | `rank`     | float32 (B,)                       | human rank within the group, lower is better          |
 | `score`    | float32 (B,)                       | human or true score (aesthetic)                       |
 | `epoch`    | int                                | the pass over the data the batch is of (training)     |

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from stitchvm.data.base import Sample
@@ -67,12 +68,15 @@ class ImageDataset(Dataset[Sample]):
             digest.update(os.path.basename(file) + b"\n")
         return digest.hexdigest()
 
+    def _read(self, path: str) -> Tensor:
+        return read_uint8(path, self.resolution)
+
     def __getitem__(self, index: int) -> Sample:
         bad: list[str] = []
         for i in range(index, index + min(len(self), MAX_IN_A_ROW)):
             i %= len(self)
             try:
-                pixels = read_uint8(os.fsdecode(self.files[i]), self.resolution)
+                pixels = self._read(os.fsdecode(self.files[i]))
             except UnreadableImage as error:
                 bad.append(str(error))
                 continue

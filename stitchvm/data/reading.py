@@ -22,8 +22,12 @@ class UnreadableImage(ValueError):
     """An image file is missing, truncated or not an image; the message names it and says why."""
 
 
-def read_uint8(path: str | Path, resolution: int) -> Tensor:
+def read_uint8(path: str | Path, resolution: int | None) -> Tensor:
     """Returns an image as a uint8 tensor with shape (3, resolution, resolution).
+
+    Arguments:
+        path: The file.
+        resolution: The side of the square; None leaves the image its own size (3, H, W).
 
     Raises:
         UnreadableImage: If the file cannot be opened or decoded.
@@ -32,7 +36,8 @@ def read_uint8(path: str | Path, resolution: int) -> Tensor:
         with Image.open(path) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
-            return _square(_to_rgb(upright), resolution)
+            rgb = _to_rgb(upright)
+            return _tensor(rgb) if resolution is None else _square(rgb, resolution)
     except MemoryError:
         raise
     except (
@@ -80,7 +85,10 @@ def _square(image: Image.Image, resolution: int) -> Tensor:
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
+    return _tensor(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

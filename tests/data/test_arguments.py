@@ -17,6 +17,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "preference.Preference": {"hpdv2": "x", "resolution": 1024},
     "aesthetic.Aesthetic": {"ava": "x", "max_bad_fraction": 0.0},
     "prompts.Prompts": {"path": "x", "unique": False},
+    "samples.SampleFolder": {"root": "x", "prompts": "y", "resolution": None},
     "world_prompts.WorldPrompts": {"num_prompts": 3, "split": "tune"},
     "world.World": {"train_size": 10, "batch_size": 2},
     "world.WorldRetrieval": {"num_images": 10, "split": "tune"},
