@@ -9,8 +9,9 @@ once. Encoding is on both sides and left out of both, so that the ratio is of wh
 
     ratio = (total − encode) / (backbone + reward),     the aim is 1.2 at most
 
-"features" is the search's own pass with the features of every cell taken along, "gram" the sums of products,
-"solve" the closed-form maps and their losses, "tail" the criterion that looks at the end of the frozen tail.
+"features" is the search's own pass of backbone and reward with the features of every cell taken along, "gram" the
+sums of products, "solve" the closed-form maps and their losses, "tail" the criterion that looks at the end of the
+frozen tail.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def measure(setup: Setup, device: torch.device, args: argparse.Namespace) -> lis
         name: statistics.median(run[name] for run in runs)
         for runs in (plain, found)
         for name in runs[0]
-    }
+    }  # "encode" is the search's own, which replaces the plain pass's
     base = seconds["backbone"] + seconds["reward"]
     L, latent = backbone.num_blocks, (side // vae.factor,) * 2
     flops = {

@@ -112,7 +112,8 @@ class SearchResult:
     Attributes:
         records: One dict per cell: i, j, feature_loss (held-out mean squared error), fit_loss, unexplained
             (held-out fraction of variance), embedding_error (or None), seconds are in `timing`.
-        timing: Seconds of the pass: "features", "gram", "solve", "tail" and "total".
+        timing: Seconds of the pass: "encode" (the VAE), "features" (all of backbone and reward), "gram",
+            "solve", "tail" and "total".
         normal: The normal equations per i, over all j side by side.
         columns: The columns of each j in them.
         class_tokens: The probe mean of the class token before block j, with shape (D,), for each j.
@@ -209,7 +210,9 @@ def search(
 
     for first, images in _take(pixels, total, num_probes):
         images = images.to(device)
-        z_t, t = _noised(encode(images), first, seed)
+        z_0 = encode(images)
+        clock.lap("encode")
+        z_t, t = _noised(z_0, first, seed)
         u = backbone.features(z_t, t, depths)
         probe = reward.probe(images, js)
         clock.lap("features")

@@ -72,7 +72,7 @@ def test_search_command_writes_its_parts_and_the_ratio(tmp_path):
     search.main([*command.split(), "--output", str(output)])
     records = json.loads(output.read_text())["records"]
     seconds = {r["part"]: r["seconds"] for r in records[:-1]}
-    parts = [seconds[name] for name in ("features", "gram", "solve", "tail")]
+    parts = [seconds[name] for name in ("encode", "features", "gram", "solve", "tail")]
     assert sum(parts) == pytest.approx(seconds["total"], rel=0.05)
     pass_seconds = seconds["backbone"] + seconds["reward"]
     expected = (seconds["total"] - seconds["encode"]) / pass_seconds
