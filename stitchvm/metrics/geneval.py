@@ -27,10 +27,11 @@ arbitrary order, come in a fixed one). Detections and colours come from a `Detec
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -104,9 +105,8 @@ class Rules:
         return self.counting_threshold if metadata["tag"] == "counting" else self.threshold
 
 
-@runtime_checkable
-class Detector(Protocol):
-    """Finds objects.
+class Detector(ABC):
+    """Finds objects. (A base class and no protocol: the command line finds implementations by their base.)
 
     Attributes:
         label: What its results are called: "GenEval" is kept for the official detector.
@@ -116,20 +116,20 @@ class Detector(Protocol):
     label: str
     classes: frozenset[str]
 
-    def detect(self, pixels: Tensor, threshold: float) -> list[list[Detection]]:
+    @abstractmethod
+    def detect(self, pixels: Tensor, threshold: float = 0.0) -> list[list[Detection]]:
         """Returns the detections of each image, at least all with a score above the threshold.
 
         Arguments:
             pixels: Images in [0, 1], with shape (B, 3, H, W).
             threshold: Detections below it may be left out.
         """
-        ...
 
 
-@runtime_checkable
-class ColourClassifier(Protocol):
+class ColourClassifier(ABC):
     """Names the colours of objects."""
 
+    @abstractmethod
     def classify_colors(
         self, image: Tensor, boxes: Sequence[Box], masks: Sequence[Tensor | None], name: str
     ) -> list[str]:
@@ -141,7 +141,6 @@ class ColourClassifier(Protocol):
             masks: The objects' masks, each bool (H, W) or None.
             name: Their class.
         """
-        ...
 
 
 class GenEval:

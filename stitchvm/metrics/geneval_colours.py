@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import crop
 
-from stitchvm.metrics.geneval import COLOURS, Box
+from stitchvm.metrics.geneval import COLOURS, Box, ColourClassifier
 from stitchvm.rewards.clip import CLIPReward
 
 __all__ = ["BACKGROUND", "TEMPLATES", "CLIPColours", "crops"]
@@ -30,7 +30,7 @@ TEMPLATES = (
 BACKGROUND = 0x99 / 255
 
 
-class CLIPColours(nn.Module):
+class CLIPColours(nn.Module, ColourClassifier):
     """The colours of objects by a CLIP.
 
     Arguments:

@@ -58,7 +58,7 @@ _ALIASES = {
 }
 
 
-class Mask2FormerDetector(nn.Module):
+class Mask2FormerDetector(nn.Module, Detector):
     """transformers' Mask2Former for instances.
 
     Arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor
 
-from stitchvm.metrics.geneval import COLOURS, Detector, GenEval, Rules
+from stitchvm.metrics.geneval import COLOURS, ColourClassifier, Detector, GenEval, Rules
 from stitchvm.metrics.geneval_colours import CLIPColours, crops
 from stitchvm.metrics.geneval_detectors import OBJECTS, Mask2FormerDetector, box_of, detections
 
@@ -258,3 +260,25 @@ def test_all_together(detector: Mask2FormerDetector, colours: CLIPColours) -> No
             "prompt": f"a photo of a {asked} {name}",
         }
         assert evaluator.evaluate(pixels, [entry])[0].correct is correct
+
+
+def test_configs_build_the_parts(folder: Path, tiny_clip: Path) -> None:
+    """A config names the parts by class_path; nothing is loaded before it is called for."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--detector", type=Callable[[], Detector])
+    parser.add_argument("--colours", type=Callable[[], ColourClassifier])
+    where = "stitchvm.metrics.geneval"
+    given = {
+        "detector": {
+            "class_path": f"{where}_detectors.Mask2FormerDetector",
+            "init_args": {"model": str(folder), "size": [64, 96]},
+        },
+        "colours": {
+            "class_path": f"{where}_colours.CLIPColours",
+            "init_args": {"model": f"local-dir:{tiny_clip}", "checkpoint": None},
+        },
+    }
+    parts = parser.instantiate_classes(parser.parse_object(given))
+    detector = parts.detector()
+    assert isinstance(detector, Mask2FormerDetector) and detector.size == (64, 96)
+    assert isinstance(parts.colours(), CLIPColours)
