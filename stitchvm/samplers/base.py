@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stitchvm.backbones.base import PrefixState
 from stitchvm.randomness import keyed_generator
-from stitchvm.samplers.field import Field
+from stitchvm.samplers.field import Field, Shared
 from stitchvm.samplers.sde import Kernel, check_levels
 from stitchvm.schedule import sigma_grid
 from stitchvm.values.base import Bindable
@@ -53,6 +52,7 @@ class Samples:
         final_values: The values by which they were chosen, with shape (P, N), or None.
         records: The steps.
         calls: Rows of network calls, by kind (`Field.calls`).
+        log_weights: The particles' normalised log-weights, with shape (P, N), or None if all count the same.
     """
 
     latents: Tensor
@@ -61,6 +61,7 @@ class Samples:
     final_values: Tensor | None
     records: list[Record]
     calls: dict[str, int]
+    log_weights: Tensor | None = None
 
 
 class Noise:
@@ -104,7 +105,8 @@ class Run:
         noise: The particles' random streams.
         row: The position of each particle's prompt, with shape (P·N,).
         z: The latents at the present level, with shape (P·N, C, H, W).
-        prefix: The null-text prefix at (z, level) if the value was taken there and shares it, else None.
+        prefix: What the value, if it was taken at (z, level), left for the velocity there (a prefix of the null-text
+            branch, or a velocity), else None.
         memory: What a sampler keeps between steps.
     """
 
@@ -113,7 +115,7 @@ class Run:
     noise: Noise
     row: Tensor
     z: Tensor
-    prefix: PrefixState | None = None
+    prefix: Shared | None = None
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -122,7 +124,7 @@ class Run:
         return len(self.field.prompts)
 
     def velocity(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """Returns u at the present latents and level k (from the prefix if there is one), and its direction."""
+        """Returns u at the present latents and level k, from the prefix if there is one, and u(prompt) − u(∅)."""
         prefix, self.prefix = self.prefix, None
         return self.field.velocity(self.z, self.sigmas[k], self.row, prefix)
 
@@ -161,7 +163,7 @@ class Sampler(ABC):
         nu: The noise ν_t of the sampling SDE, a name of `stitchvm.samplers.sde`.
         nu_scale: What it is multiplied by.
         micro_batch: The rows of one network call; all at once by default. Lower it when memory runs out.
-        share_prefix: Whether the null-text branch goes on from the value's prefix where it can.
+        share_prefix: Whether the velocity goes on from what the value has run of it, where it can.
 
     Attributes:
         particles: The number N of particles of a prompt.
@@ -211,6 +213,10 @@ class Sampler(ABC):
         if final is None:
             return torch.zeros(run.prompts, dtype=torch.long, device=run.z.device)
         return final.argmax(dim=1)
+
+    def weigh(self, run: Run, final: Tensor | None) -> Tensor | None:
+        """Returns the final particles' normalised log-weights with shape (P, N); None, for equal, by default."""
+        return None
 
     def sigmas(self, generator: Any, latent_size: tuple[int, int]) -> Tensor:
         """Returns the levels of a run, float32 on the CPU."""
@@ -273,12 +279,12 @@ class Sampler(ABC):
     ) -> Samples:
         final = None
         if self.particles > 1 and value is not None:
-            bound = value.bind(run.field.prompts, generator=value_streams(seeds))
-            run.field.bound, run.field.depths = bound, ()
+            run.field.ask(value.bind(run.field.prompts, generator=value_streams(seeds)))
             final = run.grouped(run.field.value(run.z, run.sigmas[-1], run.row)[0])
         particles, chosen = run.grouped(run.z), self.choose(run, final)
         latents = particles[torch.arange(len(particles), device=particles.device), chosen]
-        return Samples(latents, particles, chosen, final, records, dict(run.field.calls))
+        calls, weights = dict(run.field.calls), self.weigh(run, final)
+        return Samples(latents, particles, chosen, final, records, calls, weights)
 
     def _check(self, prompts: list[str], seeds: list[int], value: Bindable | None) -> None:
         if not prompts:

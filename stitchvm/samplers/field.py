@@ -9,6 +9,9 @@ generator with LoRA adapters (the value sees the base weights, the branch does n
 no null-text branch (there the value model runs on the generator's weights, without a second copy, but costs its i
 blocks: 4 of 57 for i = 4).
 
+A Tweedie value runs one branch or all of the velocity at z_t: of the same generator, at the same scale, under the same
+prompts, it is taken as it is, and only a branch that is missing is run.
+
 All calls are in micro-batches of rows, so that many prompts × particles × proposals fit in bounded memory.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +27,43 @@ from torch import Tensor
 
 from stitchvm.backbones.base import PrefixState
 from stitchvm.rewards.base import NotFiniteError
-from stitchvm.values.base import BoundValue
+from stitchvm.values.base import BoundValue, Part
+
+
+@dataclass
+class SharedVelocity:
+    """What a value has run, on its way, of the velocity at (z_t, t).
+
+    Attributes:
+        part: "whole", or one branch of the guidance: "null" or "prompt".
+        u: The velocity, with shape (B, C, H, W).
+        direction: u(prompt) − u(∅) where the whole has two branches, else None.
+    """
+
+    part: Part
+    u: Tensor
+    direction: Tensor | None = None
+
+    def select(self, index: Tensor) -> SharedVelocity:
+        """Returns the velocity of the samples `index` (for resampled particles)."""
+        direction = None if self.direction is None else self.direction[index]
+        return replace(self, u=self.u[index], direction=direction)
+
+    def detach(self) -> SharedVelocity:
+        """Returns the velocity without its graph."""
+        direction = None if self.direction is None else self.direction.detach()
+        return replace(self, u=self.u.detach(), direction=direction)
+
+    @staticmethod
+    def cat(parts: Sequence[SharedVelocity]) -> SharedVelocity:
+        """Returns several velocities of one kind as one batch."""
+        directions = [part.direction for part in parts if part.direction is not None]
+        direction = torch.cat(directions) if directions else None
+        return replace(parts[0], u=torch.cat([part.u for part in parts]), direction=direction)
+
+
+# What a value leaves for the velocity at the same latents and level: each has `select`, `detach` and `cat`.
+Shared = PrefixState | SharedVelocity
 
 
 class Field:
@@ -35,10 +75,12 @@ class Field:
         guidance_scale: g; the generator's own by default.
         value: The value, bound to the P prompts.
         micro_batch: The rows of one network call; all at once by default.
-        share_prefix: Whether the null-text branch goes on from the value's prefix where it can.
+        share_prefix: Whether the velocity goes on from what the value has run of it, where it can.
 
     Attributes:
-        calls: Rows run so far, by kind: "velocity", "continued" (of a prefix), "value", "gradient".
+        calls: Rows run so far, by kind: "velocity", of which "continued" (from what a value left), "value",
+            "gradient".
+        part: What the value runs of the velocity, if it is taken from there.
         step: The step that messages name.
     """
 
@@ -61,8 +103,12 @@ class Field:
         self.step = 0
         self.branch: Any = None
         self.depths: tuple[int, ...] = ()
+        self.part: Part | None = None
         runs = getattr(generator, "runs_null_branch", None)
-        if share_prefix and value is not None and runs is not None and runs(guidance_scale):
+        self._two_branches = runs is not None and runs(guidance_scale)
+        if share_prefix and value is not None:
+            self.part = value.velocity_part(generator, self.prompts, guidance_scale)
+        if share_prefix and value is not None and self.part is None and self._two_branches:
             network = generator.transformer
             if not any("lora_" in name for name, _ in network.named_parameters()):
                 self.depths = value.depths(network, generator.null)
@@ -70,12 +116,22 @@ class Field:
 
     @property
     def shares(self) -> bool:
-        """Whether the null-text branch goes on from the value's prefix."""
-        return bool(self.depths)
+        """Whether the velocity goes on from what the value has run of it."""
+        return bool(self.depths) or self.part is not None
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale g."""
+        own = self.guidance_scale
+        return self.generator.guidance_scale if own is None else own
+
+    def ask(self, value: BoundValue) -> None:
+        """Changes to another value, from which no velocity is taken."""
+        self.bound, self.depths, self.part = value, (), None
 
     @torch.no_grad()
     def velocity(
-        self, z: Tensor, t: Tensor, row: Tensor, prefix: PrefixState | None = None
+        self, z: Tensor, t: Tensor, row: Tensor, prefix: Shared | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns u_t(z), and u(prompt) − u(∅) or None where there is one branch only.
 
@@ -96,7 +152,7 @@ class Field:
         return torch.cat([u for u, _ in answers]), torch.cat(directions) if directions else None
 
     @torch.no_grad()
-    def value(self, z: Tensor, t: Tensor, row: Tensor) -> tuple[Tensor, PrefixState | None]:
+    def value(self, z: Tensor, t: Tensor, row: Tensor) -> tuple[Tensor, Shared | None]:
         """Returns V(z) with shape (R,), and the prefix that `velocity` can go on from (None if nothing is shared)."""
         values, states = [], []
         for part in self._parts(len(z)):
@@ -108,7 +164,7 @@ class Field:
 
     def value_gradient(
         self, z: Tensor, t: Tensor, row: Tensor
-    ) -> tuple[Tensor, Tensor, PrefixState | None]:
+    ) -> tuple[Tensor, Tensor, Shared | None]:
         """Returns V(z) with shape (R,), ∇V(z) of every row by itself with the shape of z, and the prefix.
 
         Raises:
@@ -126,7 +182,7 @@ class Field:
                     )
                 # a sum, never a mean: each row's gradient is its own, whatever the batch
                 (gradient,) = torch.autograd.grad(v.sum(), leaf)
-            self._check(gradient.flatten(1), "gradient of the value", t, row[part])
+            self.check(gradient.flatten(1), "gradient of the value", t, row[part])
             values.append(v.detach())
             gradients.append(gradient)
             states.append(None if state is None else state.detach())
@@ -137,7 +193,7 @@ class Field:
     def _name(self) -> str:
         return "the value" if self.bound is None else self.bound.name
 
-    def _evaluate(self, z: Tensor, t: Tensor, row: Tensor) -> tuple[Tensor, PrefixState | None]:
+    def _evaluate(self, z: Tensor, t: Tensor, row: Tensor) -> tuple[Tensor, Shared | None]:
         assert self.bound is not None, "a sampler asked for a value, but there is none"
         levels = t.to(z.device).float().expand(len(z))
         states: dict[int, PrefixState] = {}
@@ -148,23 +204,42 @@ class Field:
                 state = self.branch.advance(state)
                 states[state.depth] = state
         bound = self.bound.select(row)
+        shared: Shared | None = states.get(max(self.depths)) if states else None
         try:
-            v = bound(z, levels, states) if states else bound(z, levels)
+            if self.part is not None:
+                v, u, direction = bound.with_velocity(z, levels, select(self.cond, row))
+                shared = SharedVelocity(self.part, u, direction)
+            else:
+                v = bound(z, levels, states) if states else bound(z, levels)
         except NotFiniteError as error:
             raise ValueError(f"step {self.step + 1}, σ = {float(t):.4g}: {error}") from error
-        self._check(v[:, None], "value", t, row)
-        return v, states.get(max(self.depths)) if states else None
+        self.check(v[:, None], "value", t, row)
+        return v, shared
 
     def _velocity(
-        self, z: Tensor, t: Tensor, row: Tensor, prefix: PrefixState | None
+        self, z: Tensor, t: Tensor, row: Tensor, prefix: Shared | None
     ) -> tuple[Tensor, Tensor | None]:
         levels = t.to(z.device).float().expand(len(z))
+        if isinstance(prefix, SharedVelocity):
+            return self._completed(z, levels, row, prefix)
         cond = select(self.cond, row)
         if hasattr(self.generator, "velocity_parts"):
             return self.generator.velocity_parts(z, levels, cond, self.guidance_scale, prefix)
         return self.generator.velocity(z, levels, cond, guidance_scale=self.guidance_scale), None
 
-    def _check(self, x: Tensor, what: str, t: Tensor, row: Tensor) -> None:
+    def _completed(
+        self, z: Tensor, levels: Tensor, row: Tensor, known: SharedVelocity
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the velocity from what is known of it, running the branch that is missing."""
+        if known.part == "whole":
+            return known.u, known.direction
+        missing = select(self.cond, row) if known.part == "null" else self.generator.null
+        other = self.generator.velocity(z, levels, missing, guidance_scale=1.0)
+        u_null, u_prompt = (known.u, other) if known.part == "null" else (other, known.u)
+        return u_null + self.scale * (u_prompt - u_null), u_prompt - u_null
+
+    def check(self, x: Tensor, what: str, t: Tensor, row: Tensor) -> None:
+        """Raises ValueError if a row of x (R, ...) is not finite, naming step, level, prompt and value."""
         finite = x.isfinite().all(dim=1)
         if bool(finite.all()):
             return
@@ -180,9 +255,12 @@ class Field:
             yield slice(start, min(start + size, rows))
 
     @staticmethod
-    def _joined(states: Sequence[PrefixState | None]) -> PrefixState | None:
-        kept = [state for state in states if state is not None]
-        return PrefixState.cat(kept) if kept else None
+    def _joined(states: Sequence[Shared | None]) -> Shared | None:
+        prefixes = [state for state in states if isinstance(state, PrefixState)]
+        velocities = [state for state in states if isinstance(state, SharedVelocity)]
+        if velocities:
+            return SharedVelocity.cat(velocities)
+        return PrefixState.cat(prefixes) if prefixes else None
 
 
 def select(cond: Any, row: Tensor) -> Any:

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
+from stitchvm.rewards.average import score_of_average
 from stitchvm.rewards.base import Reward
 
 Prefixes = Mapping[int, PrefixState]
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Part = Literal["whole", "null", "prompt"]
 
 
 class VelocityModel(Protocol):
@@ -78,6 +80,33 @@ class BoundValue(ABC):
             null: The condition of the null text that its branch runs under.
         """
         return ()
+
+    def velocity_part(
+        self, generator: Any, prompts: Sequence[str], guidance_scale: float | None = None
+    ) -> Part | None:
+        """Returns what it runs, on its way, of the velocity that a sampler takes; nothing by default.
+
+        Arguments:
+            generator: The sampler's generator.
+            prompts: The prompts it samples, in the order in which the value was bound to them.
+            guidance_scale: Its g; the generator's own by default.
+
+        Returns:
+            "whole", or "null" or "prompt" for one branch of classifier-free guidance, or None.
+        """
+        return None
+
+    def with_velocity(
+        self, z_t: Tensor, t: Tensor, cond: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the values (B,), the part of the velocity it ran, and u(prompt) − u(∅) where it ran both branches.
+
+        Arguments:
+            z_t: The noisy latents, with shape (B, C, H, W).
+            t: The noise levels, with shape (B,).
+            cond: The generator's conditions of their prompts.
+        """
+        raise NotImplementedError(f"{self.name} runs no velocity that a sampler could take")
 
 
 class Bindable(Protocol):
@@ -233,29 +262,6 @@ def match(
             "to one prompt per latent, or to a single prompt."
         )
     return prompts * batch, None if text is None else text.expand(batch, -1)
-
-
-def score_of_average(reward: Reward, mean: Tensor, text: Tensor | None = None) -> Tensor:
-    """Returns the average score of samples from the average of their unit embeddings.
-
-    Rewards that are affine in the unit embedding ẽ, r(ẽ) = a·ẽ + b, bring their argument to unit length.
-    With m the average, b = (r(m) + r(−m))/2 and the average score is b + ‖m‖·(r(m) − b): exact.
-
-    Arguments:
-        reward: A reward of the library.
-        mean: The averages, with shape (B, E).
-        text: The text embeddings, with shape (B, E), or None.
-
-    Raises:
-        ValueError: If the reward is not affine.
-    """
-    if not reward.affine:
-        raise ValueError(
-            f"the score of {reward.id} is not affine in the image embedding, so that an average embedding has "
-            "not the average score: bind the value to prompts and call that, which scores every sample."
-        )
-    ahead, behind = reward.score(mean, text), reward.score(-mean, text)
-    return (ahead + behind) / 2 + mean.norm(dim=-1) * (ahead - behind) / 2
 
 
 def same_level(t: Tensor, z_t: Tensor) -> Tensor:

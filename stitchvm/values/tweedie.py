@@ -3,11 +3,21 @@
 One pass of the generator, the VAE's decoder and the reward. It exchanges reward and expectation, which is
 exact for a reward that is affine in z_0 and else leaves the Jensen gap r(E[z_0 | z_t]) − E[r(z_0) | z_t]: small
 at low noise, and at high noise the reward of a blurred image.
+
+**Which velocity.** "null" and "prompt" are marginal velocities, under null text and under the prompts. "cfg" is the
+sampler's own u(∅) + g·(u(prompt) − u(∅)), of which D is no expectation but a sharper image: what the literature
+differentiates through (SVDD, DAS, FreeDoM). A sampler on the same generator takes what was run here as it is and runs
+only what is missing. Network calls of a guided step of a CFG sampler, forward + backward, beside decoder and reward:
+
+| velocity         | sharing | not sharing |
+|------------------|---------|-------------|
+| "null", "prompt" | 2 + 1   | 3 + 1       |
+| "cfg"            | 2 + 2   | 4 + 2       |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +27,19 @@ from torch.utils.checkpoint import checkpoint
 from stitchvm.backbones.base import Backbone
 from stitchvm.path import FlowPath
 from stitchvm.rewards.base import Reward
-from stitchvm.values.base import Generators, Value, VelocityModel, same_level
+from stitchvm.values.base import (
+    BoundEstimator,
+    BoundValue,
+    Generators,
+    Part,
+    Value,
+    VelocityModel,
+    match,
+    same_level,
+)
 from stitchvm.values.parts import Parts, ValueFactory
+
+VELOCITIES = ("null", "prompt", "cfg")
 
 
 class BackboneVelocity:
@@ -57,9 +78,14 @@ class TweedieValue(Value):
     Arguments:
         generator: The generator: velocity, prompts and VAE.
         reward: The reward.
-        use_prompts: Whether the generator is told the prompts; under null text otherwise.
-        checkpointing: Whether denoiser and decoder + reward are run again in the backward pass instead
-            of keeping their activations.
+        velocity: The u of Eq. (22): "null", "prompt" or "cfg" (see above).
+        guidance_scale: g of "cfg"; the generator's own by default.
+        checkpointing: Whether the denoiser, as a whole, and the decoder's blocks are run again in the backward pass
+            instead of keeping their activations. A generator made with `gradient_checkpointing` repeats its blocks
+            one by one in any case, and then not as a whole.
+
+    Raises:
+        ValueError: If `velocity` is unknown, or a scale is given for one without guidance.
     """
 
     def __init__(
@@ -67,12 +93,24 @@ class TweedieValue(Value):
         generator: VelocityModel,
         reward: Reward,
         *,
-        use_prompts: bool = False,
+        velocity: str = "null",
+        guidance_scale: float | None = None,
         checkpointing: bool = False,
     ) -> None:
         super().__init__(reward)
-        self.generator = generator
-        self.use_prompts, self.checkpointing = use_prompts, checkpointing
+        if velocity not in VELOCITIES:
+            raise ValueError(f"velocity {velocity!r}: expected one of {', '.join(VELOCITIES)}.")
+        if guidance_scale is not None and velocity != "cfg":
+            raise ValueError(
+                f"guidance_scale = {guidance_scale} beside velocity {velocity!r}, which has no guidance: leave it "
+                'out, or choose velocity "cfg".'
+            )
+        self.generator, self.velocity = generator, velocity
+        self.guidance_scale, self.checkpointing = guidance_scale, checkpointing
+        # the decoder is last: to repeat it as a whole would keep all the same
+        decoder: Any = getattr(generator.vae, "network", None)
+        if checkpointing and hasattr(decoder, "enable_gradient_checkpointing"):
+            decoder.enable_gradient_checkpointing()
 
     def embed(
         self,
@@ -82,16 +120,90 @@ class TweedieValue(Value):
         prompts: Sequence[str] | None = None,
         generator: Generators = None,
     ) -> Tensor:
-        """Returns the image embeddings of decode(D_t(z_t)), with shape (B, E)."""
-        t = same_level(t, z_t)
-        cond = condition(self.generator, prompts if self.use_prompts else None)
-        clean = self._run(lambda z: denoised(self.generator, z, t, cond), z_t)
-        return self._run(lambda z: self.reward.embed(self.generator.vae.decode(z)).image, clean)
+        """Returns the image embeddings of decode(D_t(z_t)), with shape (B, E).
 
-    def _run(self, part: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, z, use_reentrant=False)
-        return part(z)
+        Raises:
+            ValueError: If the velocity is one under prompts, and there are none.
+        """
+        cond = None
+        if self.velocity != "null":
+            if prompts is None:
+                raise ValueError(
+                    f"the Tweedie value takes the velocity {self.velocity!r}, but no prompts came: bind it to one "
+                    'prompt per latent, or choose velocity "null".'
+                )
+            cond = self.generator.encode_prompts(list(prompts))
+        return self.look(z_t, t, cond)[0]
+
+    def look(self, z_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns image embeddings (B, E), the velocity behind them, and u(prompt) − u(∅) if it is guided.
+
+        Arguments:
+            z_t: The noisy latents, with shape (B, C, H, W).
+            t: Their noise levels, with shape (B,) or (1,).
+            cond: The conditions of their prompts; not used under null text.
+        """
+        t = same_level(t, z_t)
+        cond = self.generator.null if self.velocity == "null" else cond
+
+        def run(z: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self._velocity(z, t, cond)
+
+        by_blocks = getattr(
+            getattr(self.generator, "transformer", None), "gradient_checkpointing", False
+        )
+        if self.checkpointing and not by_blocks and torch.is_grad_enabled():
+            u, direction = checkpoint(run, z_t, use_reentrant=False)
+        else:
+            u, direction = run(z_t)
+        clean = FlowPath.denoise(z_t, u, t)
+        return self.reward.embed(self.generator.vae.decode(clean)).image, u, direction
+
+    def _velocity(self, z_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor | None]:
+        if self.velocity != "cfg":
+            return self.generator.velocity(z_t, t, cond, guidance_scale=1.0), None
+        parts = getattr(self.generator, "velocity_parts", None)
+        if parts is not None:
+            return parts(z_t, t, cond, self.guidance_scale)
+        return self.generator.velocity(z_t, t, cond, guidance_scale=self.guidance_scale), None
+
+    def _bound(
+        self, prompts: list[str] | None, text: Tensor | None, generator: Generators
+    ) -> BoundValue:
+        return BoundTweedie(self, prompts, text, generator)
+
+
+class BoundTweedie(BoundEstimator):
+    """A Tweedie value bound to prompts; a sampler on the same generator takes the velocity that it ran."""
+
+    value: TweedieValue
+
+    def velocity_part(
+        self, generator: Any, prompts: Sequence[str], guidance_scale: float | None = None
+    ) -> Part | None:
+        """Returns which part of a sampler's velocity it runs; None for another generator, scale or other prompts."""
+        value, own = self.value, getattr(generator, "guidance_scale", None)
+        if value.generator is not generator:
+            return None
+        runs = getattr(generator, "runs_null_branch", None)
+        two_branches = runs is not None and runs(guidance_scale)
+        if value.velocity == "null":
+            return "null" if two_branches else None
+        if self.prompts != list(prompts):
+            return None
+        if value.velocity == "prompt" and two_branches:
+            return "prompt"
+        scale = own if guidance_scale is None else guidance_scale
+        mine = own if value.guidance_scale is None else value.guidance_scale
+        return "whole" if scale == (1.0 if value.velocity == "prompt" else mine) else None
+
+    def with_velocity(
+        self, z_t: Tensor, t: Tensor, cond: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the values (B,), the velocity they come from, and u(prompt) − u(∅) if it is guided."""
+        _, text = match(self.prompts, self.text, len(z_t))
+        image, u, direction = self.value.look(z_t, t, cond)
+        return self.value.score(image, text), u, direction
 
 
 def condition(generator: VelocityModel, prompts: Sequence[str] | None) -> Any:
@@ -109,18 +221,26 @@ class TweedieFactory(ValueFactory):
     """The Tweedie value of the run's generator and reward.
 
     Arguments:
-        use_prompts: Whether the generator is told the prompts.
+        velocity: "null", "prompt" or "cfg".
+        guidance_scale: g of "cfg"; the generator's own by default.
         checkpointing: Whether activations are computed again in the backward pass.
     """
 
-    def __init__(self, use_prompts: bool = False, checkpointing: bool = False) -> None:
-        self.use_prompts, self.checkpointing = use_prompts, checkpointing
+    def __init__(
+        self,
+        velocity: str = "null",
+        guidance_scale: float | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        self.velocity, self.guidance_scale = velocity, guidance_scale
+        self.checkpointing = checkpointing
 
     def __call__(self, parts: Parts) -> TweedieValue:
         """Returns the value."""
         return TweedieValue(
             parts.generator,
             parts.reward,
-            use_prompts=self.use_prompts,
+            velocity=self.velocity,
+            guidance_scale=self.guidance_scale,
             checkpointing=self.checkpointing,
         )

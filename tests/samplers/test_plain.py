@@ -12,41 +12,16 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from stitchvm.backbones.flux import unpack
 from stitchvm.generator import Generator
 from stitchvm.path import FlowPath
-from stitchvm.rewards.clip import CLIPReward
 from stitchvm.samplers.base import Record
 from stitchvm.samplers.field import Field
 from stitchvm.samplers.plain import PlainSampler
 from stitchvm.samplers.sde import NU, Kernel, check_levels
 from stitchvm.schedule import sigma_grid
-from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.stitched import StitchedValue
 from stitchvm.world.closed_form import GaussianWorld
 from tests.samplers.fakes import ClosedFormGenerator
 
 PROMPTS = ["a red circle", "a blue square left of the red circle"]
-
-
-@pytest.fixture(scope="module")
-def sd3(tiny_sd3: Path) -> Generator:
-    return Generator(str(tiny_sd3), text_tokens=12, guidance_scale=4.5)
-
-
-@pytest.fixture(scope="module")
-def flux(tiny_flux: Path) -> Generator:
-    return Generator(str(tiny_flux), text_tokens=12, guidance_scale=3.5)
-
-
-@pytest.fixture(scope="module")
-def value_folder(
-    tiny_sd3: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    from stitchvm.backbones.sd3 import SD3Backbone
-
-    torch.manual_seed(0)
-    backbone = SD3Backbone(str(tiny_sd3), max_depth=3, dtype="float32", null_tokens=12)
-    model = StitchedValueModel(backbone, CLIPReward(model=f"local-dir:{tiny_clip}"), (2, 1))
-    torch.nn.init.normal_(model.stitch.F.weight, std=0.3)
-    return model.save_pretrained(tmp_path_factory.mktemp("value"))
 
 
 def test_without_noise_it_is_the_sd3_pipeline(sd3: Generator, tiny_sd3: Path) -> None:

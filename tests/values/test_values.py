@@ -179,7 +179,8 @@ def test_prompts_reach_the_generator_only_if_asked_for(kind: str) -> None:
 
     def v(use_prompts: bool) -> torch.Tensor:
         if kind == "tweedie":
-            value = TweedieValue(WorldGenerator(world), reward, use_prompts=use_prompts)
+            velocity = "prompt" if use_prompts else "null"
+            value = TweedieValue(WorldGenerator(world), reward, velocity=velocity)
         else:
             value = MonteCarloValue(
                 WorldGenerator(world),
