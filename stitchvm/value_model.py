@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stitchvm._version import __version__
 from stitchvm.backbones.base import Backbone
 from stitchvm.hub import resolve
+from stitchvm.packing import unpack
 from stitchvm.rewards.base import Embedding, Reward, RewardTail
 from stitchvm.spec import build, fingerprint, spec_of
 from stitchvm.stitch import StitchLayer
@@ -172,7 +173,7 @@ class StitchedValueModel(nn.Module):
         model = cls(backbone, reward, tuple(config["stitch_point"]))
         _check_identity("backbone", config["backbone"], backbone, used_weights(backbone, model.i))
         _check_identity("reward", config["reward"], reward, fingerprint(reward))
-        model.load_trainable(load_file(folder / WEIGHTS), source=str(folder / WEIGHTS))
+        model.load_trainable(unpack(load_file(folder / WEIGHTS)), source=str(folder / WEIGHTS))
         return model.to(device).eval()
 
     @staticmethod

@@ -14,6 +14,7 @@ LAYERS = [
         "tables",
         "results",
         "hub",
+        "packing",
         "randomness",
         "spec",
         "path",
