@@ -4,7 +4,8 @@
 
        {"index": number of the prompt, "prompt": text, "seed": number, "file": "images/000012_s0.png", …}
 
-   and the images where `file` says, below the folder. Of lines with the same index and seed the last one counts (a
+   and the images where `file` says, below the folder. A run on several devices that was ended has left
+   `samples.rank0.jsonl`, …; they are read after it. Of lines with the same index and seed the last one counts (a
    sample that was made again). A last line that was cut short, by the end of the run that wrote it, is left out.
 2. GenEval's: `NNNNN/metadata.jsonl`, the prompt's entry, and `NNNNN/samples/0000.png`, `0001.png`, …
 3. Any folder of images, with a file of as many prompts: they belong together in their order, which for the images is
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def read_folder(
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: give the folder of the samples.")
-    own = LINES if (root / LINES).is_file() else None
+    own = LINES if _files(root) else None
     if own is None and next(root.glob("*/metadata.jsonl"), None) is not None:
         own = "metadata.jsonl"
     if own is None:
@@ -82,40 +84,24 @@ def read_folder(
 
 
 def read_samples(root: Path) -> list[SampleFile]:
-    """Returns the images that `samples.jsonl` names, in the order of their prompts and seeds.
+    """Returns the images that `samples.jsonl` and those of single devices name, in the order of prompts and seeds.
 
     Raises:
         ValueError: If a line is malformed, there is none, or one index has two prompts.
     """
-    path = root / LINES
-    texts = path.read_text(encoding="utf-8").split("\n")
     kept: dict[tuple[int, int], SampleFile] = {}
-    prompts: dict[int, str] = {}
-    for number, text in enumerate(texts):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if number == len(texts) - 1:
-                warnings.warn(
-                    f"The last line of {path} was cut short and is left out: the run that wrote it was ended.",
-                    stacklevel=2,
-                )
-                continue
-            raise ValueError(
-                f"Line {number + 1} of {path} is not valid JSON ({error})."
-            ) from error
-        sample = _sample(line, number, path)
-        first = prompts.setdefault(sample.group, str(sample.prompt))
+    prompts: dict[int, str | None] = {}
+    for number, (line, where) in enumerate(_lines(root)):
+        sample = _sample(line, number, where)
+        first = prompts.setdefault(sample.group, sample.prompt)
         if first != sample.prompt:
             raise ValueError(
-                f"{path} has two prompts with the index {sample.group}: {first!r} and, in line {number + 1}, "
+                f"{root} has two prompts with the index {sample.group}: {first!r} and, in {where}, "
                 f"{sample.prompt!r}. Two runs wrote into one folder; keep them apart."
             )
         kept[sample.group, sample.seed] = sample
     if not kept:
-        raise ValueError(f"{path} has no samples: did the run that wrote it end at once?")
+        raise ValueError(f"{root / LINES} has no samples: did the run that wrote it end at once?")
     return [kept[key] for key in sorted(kept)]
 
 
@@ -184,19 +170,46 @@ def natural(name: str | Path) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _sample(line: Any, number: int, path: Path) -> SampleFile:
+def _files(root: Path) -> list[Path]:
+    """Returns the files of lines, the whole run's first."""
+    return [*root.glob(LINES), *sorted(root.glob("samples.rank*.jsonl"), key=natural)]
+
+
+def _lines(root: Path) -> Iterator[tuple[Any, str]]:
+    """Yields what JSON holds in each line, and where that is."""
+    for path in _files(root):
+        texts = path.read_text(encoding="utf-8").split("\n")
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                if number < len(texts):
+                    raise ValueError(
+                        f"line {number} of {path} is not valid JSON ({error})."
+                    ) from error
+                warnings.warn(
+                    f"The last line of {path} was cut short and is left out: the run that wrote it was ended.",
+                    stacklevel=2,
+                )
+                continue
+            yield line, f"line {number} of {path}"
+
+
+def _sample(line: Any, number: int, where: str) -> SampleFile:
     kinds = {"index": int, "prompt": str, "seed": int, "file": str}
     for name, kind in kinds.items():
         value = line.get(name) if isinstance(line, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             words = "a whole number" if kind is int else "a text"
             raise ValueError(
-                f"Line {number + 1} of {path}: expected {name!r} with {words}, got "
-                f"{value!r}. Lines are objects with {', '.join(kinds)}."
+                f"{where}: expected {name!r} with {words}, got {value!r}. A line is an object with "
+                f"{', '.join(kinds)}."
             )
     metadata = line.get("metadata")
     if metadata is not None:
-        check_metadata(metadata, f"'metadata' in line {number + 1} of {path}")
+        check_metadata(metadata, f"'metadata' in {where}")
     return SampleFile(
         line["file"], number, line["index"], line["seed"], line["prompt"], metadata, line
     )

@@ -78,18 +78,34 @@ def test_a_line_cut_short_by_the_end_of_a_run_is_left_out(tmp_path: Path) -> Non
         samples = read_folder(tmp_path)
     assert [sample.group for sample in samples] == [0]
     path.write_text(path.read_text() + "\n" + json.dumps(line(2)) + "\n")
-    with pytest.raises(ValueError, match=r"Line 2 of .* not valid JSON"):
+    with pytest.raises(ValueError, match=r"line 2 of .* not valid JSON"):
         read_folder(tmp_path)
+
+
+def test_a_run_on_several_devices_that_was_ended(tmp_path: Path) -> None:
+    write(tmp_path, [line(0), line(1)])
+    for rank, index in ((0, 2), (1, 1)):  # 1 was made again
+        entry = line(index, rank=rank)
+        (tmp_path / f"samples.rank{rank}.jsonl").write_text(json.dumps(entry) + "\n")
+    write_images(tmp_path, [line(2)["file"]])
+    samples = read_folder(tmp_path)
+    assert [(s.group, s.number, s.line.get("rank")) for s in samples] == [
+        (0, 0, None),
+        (1, 3, 1),
+        (2, 2, 0),
+    ]
+    (tmp_path / "samples.jsonl").unlink()
+    assert [sample.group for sample in read_folder(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([], "has no samples"),
-        ([{"prompt": "x"}], "Line 1 of .* expected 'index' with a whole number, got None"),
+        ([{"prompt": "x"}], "line 1 of .* expected 'index' with a whole number, got None"),
         (
             [line(0), line(1) | {"seed": "0"}],
-            "Line 2 of .* expected 'seed' with a whole number, got '0'",
+            "line 2 of .* expected 'seed' with a whole number, got '0'",
         ),
         ([line(0), line(0, 1) | {"prompt": "y"}], "two prompts with the index 0: 'prompt 0' and"),
         ([line(0, metadata={"tag": "x"})], "'metadata' in line 1 of .* no key 'include'"),
