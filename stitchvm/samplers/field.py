@@ -160,7 +160,7 @@ class Field:
             values.append(v)
             states.append(state)
         self.calls["value"] += len(z)
-        return torch.cat(values), self._joined(states)
+        return torch.cat(values), self.joined(states)
 
     def value_gradient(
         self, z: Tensor, t: Tensor, row: Tensor
@@ -168,7 +168,8 @@ class Field:
         """Returns V(z) with shape (R,), ∇V(z) of every row by itself with the shape of z, and the prefix.
 
         Raises:
-            ValueError: If the value is not differentiable, or a gradient is not finite.
+            ValueError: If the value is not differentiable.
+            NotFiniteError: If a value or a gradient is not finite.
         """
         values, gradients, states = [], [], []
         for part in self._parts(len(z)):
@@ -187,7 +188,7 @@ class Field:
             gradients.append(gradient)
             states.append(None if state is None else state.detach())
         self.calls["gradient"] += len(z)
-        return torch.cat(values), torch.cat(gradients), self._joined(states)
+        return torch.cat(values), torch.cat(gradients), self.joined(states)
 
     @property
     def _name(self) -> str:
@@ -212,7 +213,7 @@ class Field:
             else:
                 v = bound(z, levels, states) if states else bound(z, levels)
         except NotFiniteError as error:
-            raise ValueError(f"step {self.step + 1}, σ = {float(t):.4g}: {error}") from error
+            raise NotFiniteError(f"step {self.step + 1}, σ = {float(t):.4g}: {error}") from error
         self.check(v[:, None], "value", t, row)
         return v, shared
 
@@ -239,12 +240,12 @@ class Field:
         return u_null + self.scale * (u_prompt - u_null), u_prompt - u_null
 
     def check(self, x: Tensor, what: str, t: Tensor, row: Tensor) -> None:
-        """Raises ValueError if a row of x (R, ...) is not finite, naming step, level, prompt and value."""
+        """Raises NotFiniteError if a row of x (R, ...) is not, naming step, level, prompt and value."""
         finite = x.isfinite().all(dim=1)
         if bool(finite.all()):
             return
         place = int(row[int((~finite).nonzero()[0])])
-        raise ValueError(
+        raise NotFiniteError(
             f"the {what} is not finite at step {self.step + 1}, σ = {float(t):.4g}, prompt "
             f"{self.prompts[place]!r} ({self._name}): lower the guidance strength, or run the value in float32."
         )
@@ -255,7 +256,8 @@ class Field:
             yield slice(start, min(start + size, rows))
 
     @staticmethod
-    def _joined(states: Sequence[Shared | None]) -> Shared | None:
+    def joined(states: Sequence[Shared | None]) -> Shared | None:
+        """Returns what a value left for the parts of a batch, as one; None if it left nothing."""
         prefixes = [state for state in states if isinstance(state, PrefixState)]
         velocities = [state for state in states if isinstance(state, SharedVelocity)]
         if velocities:
