@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from stitchvm.world.scenes import sample_scenes
 from stitchvm.world.tokens import clip_tokenizer, encode, t5_tokenizer, words
 from stitchvm.world.train import sd3, vae
-from stitchvm.world.train.common import Stage, run
+from stitchvm.world.train.common import Stage, replace_folder, run
 
 
 @pytest.fixture
@@ -55,6 +56,28 @@ def test_two_processes_compute_what_one_does(toy: Path) -> None:
         two.helper.process.kill()
     finally:
         torch.set_num_threads(threads)
+
+
+def test_generators_share_what_is_the_same(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("STITCHVM_WORLD_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "runs").mkdir()
+
+    def write(own: bytes) -> Any:
+        def inner(target: Path) -> None:
+            for part, content in (("vae", b"the same"), ("transformer", own)):
+                (target / part).mkdir()
+                (target / part / "w.safetensors").write_bytes(content)
+
+        return inner
+
+    for name, own in (("sd3", b"1"), ("flux", b"2"), ("flux", b"3"), ("sd3", b"4")):
+        replace_folder(write(own), tmp_path / "weights" / name)
+    sd3, flux = tmp_path / "weights" / "sd3", tmp_path / "weights" / "flux"
+    assert (flux / "vae" / "w.safetensors").is_symlink()
+    assert (flux / "vae" / "w.safetensors").read_bytes() == b"the same"
+    assert (flux / "transformer" / "w.safetensors").read_bytes() == b"3"
+    assert not any(p.is_symlink() for p in sd3.rglob("*"))
+    assert (sd3 / "transformer" / "w.safetensors").read_bytes() == b"4"
 
 
 def test_one_weighted_token_equals_many_equal_tokens() -> None:

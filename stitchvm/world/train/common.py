@@ -180,8 +180,19 @@ def replace_folder(write: Any, folder: Path) -> None:
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(temporary, staged)
     shutil.rmtree(temporary)
+    if folder.name != "sd3":
+        share(staged, folder.parent / "sd3")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staged, folder)
+
+
+def share(folder: Path, other: Path) -> None:
+    """Replaces weights in a new folder that are those of its neighbour `other` by links: the generators share a VAE."""
+    for file in folder.rglob("*.safetensors"):
+        twin = other / file.relative_to(folder)
+        if twin.is_file() and twin.read_bytes() == file.read_bytes():
+            file.unlink()
+            file.symlink_to(os.path.relpath(twin, file.parent))
 
 
 def run(
