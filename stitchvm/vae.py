@@ -157,3 +157,19 @@ class VAE(nn.Module):
             if self.micro_batch is None or len(batch) <= self.micro_batch:
                 return run(batch)
             return torch.cat([run(part) for part in batch.split(self.micro_batch)])
+
+
+def latent_scaling(path: str) -> tuple[float, float] | None:
+    """Returns scale and shift of the latents of a pipeline, from its `vae/config.json`; None if that cannot be had.
+
+    Two VAEs of as many channels are other latent spaces all the same: SD3's and FLUX's have 16 each, and differ here.
+
+    Arguments:
+        path: A pipeline folder, a hub id, or "world:sd3".
+    """
+    try:
+        file = resolve(path, allow_patterns=["vae/config.json"]) / "vae" / "config.json"
+        config = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0)

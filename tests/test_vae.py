@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from stitchvm.vae import VAE
+from stitchvm.vae import VAE, latent_scaling
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +106,9 @@ def test_wrong_folders(tiny_sd3: Path, tmp_path: Path) -> None:
         VAE(str(tiny_sd3), dtype="float64")
     with pytest.raises(ValueError, match="micro_batch"):
         VAE(str(tiny_sd3), micro_batch=0)
+
+
+def test_latent_scaling_is_that_of_the_configuration(vae: VAE, tiny_sd3: Path) -> None:
+    assert latent_scaling(str(tiny_sd3)) == (vae.scale, vae.shift) == (1.5, 0.1)
+    assert latent_scaling(str(tiny_sd3 / "transformer")) is None
+    assert latent_scaling("nobody/nothing") is None and latent_scaling("latent") is None
