@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from stitchvm.rewards.base import Reward
+from stitchvm.spec import fingerprint, spec_of
 from stitchvm.values.base import Value, VelocityModel
 
 
@@ -34,16 +35,52 @@ class Parts:
     ) -> None:
         self._factories = {"reward": reward, "generator": generator, "vae": vae}
         self._built: dict[str, Any] = {}
+        self._run: Parts | None = None  # of a term: the parts of the whole sum
+        self._rewards: list[Reward] = []  # that are in memory, of all terms
+
+    def of_term(self, reward: Callable[[], Reward] | None = None) -> Parts:
+        """Returns the parts of one term of a sum: the same generator and VAE, and its own reward or the run's.
+
+        A value model that names no reward brings its own; where that is in memory already, it is shared.
+
+        Arguments:
+            reward: Builds the term's reward; the run's by default.
+        """
+        term = Parts(
+            reward,
+            (lambda: self.generator) if self.has("generator") else None,
+            (lambda: self.vae) if self.has("vae") else None,
+        )
+        term._run, term._rewards = self, self._rewards
+        return term
+
+    def known_reward(self, spec: dict[str, Any]) -> Reward | None:
+        """Returns the reward in memory that a spec with a fingerprint describes, or None.
+
+        Arguments:
+            spec: What `config.json` of a value model says of its reward.
+        """
+        if self._run is not None and self._run.has("reward"):
+            _ = self._run.reward
+        for reward in self._rewards:
+            if spec == spec_of(reward) | {"fingerprint": fingerprint(reward)}:
+                return reward
+        return None
 
     def _get(self, name: str) -> Any:
         if name not in self._built:
             factory = self._factories[name]
+            if factory is None and name == "reward" and self._run is not None:
+                self._built[name] = self._run.reward
+                return self._built[name]
             if factory is None:
                 raise ValueError(
                     f"an estimator needs a {name}, but none is configured: give `{name}` beside the "
                     "estimators."
                 )
             self._built[name] = frozen(factory())
+            if name == "reward":
+                self._rewards.append(self._built[name])
         return self._built[name]
 
     def has(self, name: str) -> bool:
@@ -54,6 +91,7 @@ class Parts:
         """Takes a reward that a value model brought along, if none is configured."""
         if not self.has("reward"):
             self._built["reward"] = frozen(reward)
+            self._rewards.append(reward)
 
     @property
     def reward(self) -> Reward:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stitchvm.rewards.base import Reward
+from stitchvm.vae import latent_scaling
 from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import (
     BoundEstimator,
@@ -63,6 +64,16 @@ class StitchedValue(Value):
                     f"the value model {path} reads latents of {channels} channels ({model.backbone.id}), but "
                     f"{generator.id} has {generator.latent_channels}: distil a value model on a backbone with "
                     "the generator's VAE."
+                )
+            scaling, own = (
+                latent_scaling(model.backbone.id),
+                (generator.vae.scale, generator.vae.shift),
+            )
+            if backbone is None and scaling not in (None, own):
+                raise ValueError(
+                    f"the value model {path} reads latents of scale, shift {scaling} ({model.backbone.id}), but those "
+                    f"of {generator.id} have {own}: another VAE, whose latents mean something else. Distil a value "
+                    "model on a backbone with the generator's VAE."
                 )
             model.to(generator.device)
         return cls(frozen(model))
@@ -128,7 +139,10 @@ class StitchedFactory(ValueFactory):
 
     def __call__(self, parts: Parts) -> StitchedValue:
         """Returns the value; its reward becomes the run's if none is configured."""
-        reward = parts.reward if parts.has("reward") else None
+        if parts.has("reward"):
+            reward: Reward | None = parts.reward
+        else:
+            reward = parts.known_reward(StitchedValueModel.read(self.path)["reward"])
         generator = parts.generator if self.share_generator else None
         value = StitchedValue.from_pretrained(self.path, generator=generator, reward=reward)
         parts.offer_reward(value.reward)

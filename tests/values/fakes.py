@@ -18,10 +18,15 @@ class IdentityVAE(nn.Module):
 
     id = "identity"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoded = 0
+
     def encode(self, pixels: Tensor) -> Tensor:
         return pixels
 
     def decode(self, z_0: Tensor) -> Tensor:
+        self.decoded += 1
         return z_0
 
 
@@ -126,9 +131,11 @@ class ClosedFormReward(FakeReward):
 
     def __init__(self, known: KnownReward, bound: float = 200.0, uses_text: bool = False) -> None:
         super().__init__(uses_text=uses_text)
-        self.known, self.bound = known, bound
+        self.known, self.bound, self.embed_dim = known, bound, 2
+        self.looked = 0
 
     def embed(self, pixels: Tensor) -> Embedding:
+        self.looked += 1
         share = self.known(pixels) / self.bound
         assert float(share.detach().abs().max()) < 1
         image = torch.stack([share, (1 - share**2).sqrt()], dim=-1)
