@@ -193,6 +193,17 @@ class Generator(nn.Module):
             self._kept.popitem(last=False)
         return Condition.cat([known[text] for text in texts]).to(self.device)
 
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """Encodes prompts, keeps the conditions of all of them in memory, and frees the text encoders.
+
+        Each is encoded by itself, so that its condition is the same to the last bit whatever others there are.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        self._limit = max(self._limit, len(distinct))
+        for prompt in distinct:
+            self.encode_prompts([prompt])
+        self.free_text_encoders()
+
     def free_text_encoders(self) -> None:
         """Frees the text encoders, after seeing to the empty prompt; cached prompts stay usable."""
         _ = self.null

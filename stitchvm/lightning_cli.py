@@ -24,6 +24,8 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
+from stitchvm.interruption import exit_code
+
 # Lightning 2.6 calls parser methods that jsonargparse renames in 5.0; users can do nothing about it
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
@@ -148,6 +150,18 @@ class StitchCLI(LightningCLI):
             self._dump_config()
             self.model.run_config = yaml.safe_dump(self.config_dump)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the command; of an interrupted one says how to go on, and exits as shells expect."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as exit_:  # what Lightning makes of an interrupt
+            interrupt, how = exit_.__context__, getattr(self.model, "how_to_go_on", None)
+            if how is None or not isinstance(interrupt, KeyboardInterrupt):
+                raise
+            if self.trainer.is_global_zero:
+                print(f"stitchvm: interrupted; {how()}", file=sys.stderr)
+            raise SystemExit(exit_code(interrupt)) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Logs into `default_root_dir` itself, so that one run is one folder."""
         trainer_config = self._get(self.config_init, "trainer", default={})
@@ -183,7 +197,7 @@ def run(argv: list[str]) -> None:
     try:
         args = None if argv == sys.argv[1:] else argv
         StitchCLI(args=args, command=argv[0], save_config_callback=SaveConfigCallback)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         wrapped = str(error).startswith(
             "Does not validate against"
         )  # by the parser, while building
@@ -192,6 +206,9 @@ def run(argv: list[str]) -> None:
         message = condensed(str(error)) if wrapped else str(error)
         print(f"stitchvm: error: {message}", file=sys.stderr)
         raise SystemExit(1) from error
+    except KeyboardInterrupt as interrupt:
+        print("stitchvm: interrupted before the work began", file=sys.stderr)
+        raise SystemExit(exit_code(interrupt)) from None
 
 
 def _ours(error: BaseException) -> bool:

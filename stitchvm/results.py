@@ -31,6 +31,7 @@ from stitchvm.tables import records_to_markdown, records_to_text
 __all__ = [
     "check_free",
     "command_line",
+    "finite",
     "machine",
     "read_results",
     "records_to_markdown",
@@ -150,18 +151,18 @@ def weights_of(path_or_id: str) -> dict[str, Any]:
     return answer
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Returns plain JSON: tensors and numpy scalars as numbers, non-finite numbers as None."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (str, bool, int)) or value is None:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple, set)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if hasattr(value, "tolist"):
-        return _finite(value.tolist())
+        return finite(value.tolist())
     return str(value)
 
 
@@ -200,15 +201,15 @@ def write_results(
     """
     path = Path(path)
     check_free(path, overwrite=overwrite)
-    config = None if config is None else config if isinstance(config, str) else _finite(config)
+    config = None if config is None else config if isinstance(config, str) else finite(config)
     text = config if isinstance(config, str) else json.dumps(config, sort_keys=True)
     content: dict[str, Any] = {
         "command": command_line() if command is None else command,
         "versions": versions(),
         "machine": machine(),
         "config_sha256": None if config is None else hashlib.sha256(text.encode()).hexdigest(),
-        **_finite(extra or {}),
-        "records": [_finite(record) for record in records],
+        **finite(extra or {}),
+        "records": [finite(record) for record in records],
     }
     if config is not None:
         content["config"] = config

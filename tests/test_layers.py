@@ -20,6 +20,8 @@ LAYERS = [
         "path",
         "schedule",
         "plots",
+        "pictures",
+        "interruption",
     ],
     ["stitch", "vae", "backbones", "rewards"],
     ["value_model", "generator", "adapters"],
@@ -28,7 +30,7 @@ LAYERS = [
     ["world"],
     ["data"],
     ["modules"],
-    ["cli", "lightning_cli", "__main__"],
+    ["cli", "lightning_cli", "sweep", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # the embedded world's trainer and demo stand beside the library, not in it

@@ -83,16 +83,21 @@ def weights(module: ValueEvaluation) -> dict[str, dict[str, Any]]:
     return answer
 
 
-def print_table(records: Iterable[dict[str, Any]]) -> None:
-    """Prints estimator rows and noise-level columns: in colour on a terminal with rich, else plain."""
+def print_table(records: Iterable[dict[str, Any]], **options: Any) -> None:
+    """Prints estimator rows and noise-level columns: in colour on a terminal with rich, else plain.
+
+    Arguments:
+        records: The records.
+        options: As for `pivot`, for other rows and columns.
+    """
     records = list(records)
     if sys.stdout.isatty():
         try:
-            print_rich(pivot(records))
+            print_rich(pivot(records, **options))
             return
         except ImportError:
             pass
-    print(records_to_text(records))
+    print(records_to_text(records, **options))
 
 
 def print_rich(table: Table) -> None:

@@ -33,12 +33,15 @@ class Record:
         sigma: The level at which values were taken.
         values: The values of the particles with shape (P, N), or None if none were asked for.
         info: Further numbers by name, each with shape (P,): effective sample size, gradient norms, …
+        ancestors: Where particles were resampled, which one each comes from, with shape (P, N); values and info are
+            those after resampling.
     """
 
     step: int
     sigma: float
     values: Tensor | None = None
     info: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    ancestors: Tensor | None = None
 
 
 @dataclass

@@ -138,10 +138,10 @@ class FKSteering(Sampler):
         if values is None:
             return Record(k + 1, float(sigma))
         info: dict[str, Tensor] = {}
-        values = run.grouped(values)
+        values, came_from = run.grouped(values), None
         if weighs:
-            values, info = self._resample(run, values)
-        return Record(k + 1, float(sigma), values, info)
+            values, came_from, info = self._resample(run, values)
+        return Record(k + 1, float(sigma), values, info, came_from)
 
     def weigh(self, run: Run, final: Tensor | None) -> Tensor | None:
         """Returns the final particles' normalised log-weights with shape (P, N)."""
@@ -178,8 +178,9 @@ class FKSteering(Sampler):
         run.prefix = run.field.joined(states)
         return torch.cat(best_values)
 
-    def _resample(self, run: Run, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weights the particles by their values (P, N) and resamples them; returns the new values and numbers."""
+    def _resample(self, run: Run, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Weights the particles by their values (P, N) and resamples them; returns the new values, ancestors and
+        numbers."""
         weights: Weights = run.memory["weights"]
         lam = weights.multiply(values)
         prompts, n = values.shape
@@ -203,7 +204,7 @@ class FKSteering(Sampler):
             "resampled": drawn.double(),
             "lam": lam,
         }
-        return values.gather(1, index.to(values.device)), info
+        return values.gather(1, index.to(values.device)), index, info
 
     def _even(self, prompts: int) -> Weights:
         return Weights.even(self.potential, self.lam, self.lam_per, prompts, self.particles)

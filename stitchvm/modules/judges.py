@@ -1,0 +1,110 @@
+"""The clean rewards, and the exact checker, that every finished image is scored with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stitchvm.rewards.base import Reward
+from stitchvm.values.parts import Parts, frozen
+
+__all__ = ["Judges"]
+
+
+class Judges:
+    """Scores finished images.
+
+    Arguments:
+        factories: Build the rewards, by name.
+        parts: The run's parts: its reward judges, too, where it is built in the same way.
+        reward: Builds the run's reward, if there is one.
+        checker: Whether the embedded world's checker reads the images.
+        device: Where rewards run. From a GPU they go back to CPU memory after each use.
+    """
+
+    def __init__(
+        self,
+        factories: Mapping[str, Callable[[], Reward]],
+        parts: Parts,
+        reward: Callable[[], Reward] | None,
+        checker: bool,
+        device: torch.device,
+    ) -> None:
+        self.checker, self.device = checker, device
+        # a dict, so that no module takes them for parts of its own and moves them
+        self.rewards: dict[str, Reward] = {}
+        self._resident: set[str] = set()
+        for name, factory in factories.items():
+            if same(factory, reward):
+                self.rewards[name] = parts.reward
+                self._resident.add(name)
+            else:
+                self.rewards[name] = frozen(factory())
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError if the checker cannot read a prompt."""
+        if self.checker:
+            from stitchvm.world.scenes import parse
+
+            for prompt in prompts:
+                parse(prompt)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the checker cannot read images of a size in pixels."""
+        from stitchvm.world.render import SIZE
+
+        if self.checker and (height, width) != (SIZE, SIZE):
+            raise ValueError(
+                f"the checker reads the embedded world's images, {SIZE} x {SIZE} pixels, but these are {height} x "
+                f"{width}: set model.checker to false."
+            )
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """Returns for every image {"rewards": {name: score}} and, from the checker, {"checker": {name: share}}.
+
+        Arguments:
+            pixels: uint8 images with shape (B, 3, H, W), on the CPU.
+            prompts: Their prompts.
+        """
+        images = pixels.to(self.device).float() / 255
+        columns: dict[str, list[float]] = {}
+        for name, reward in self.rewards.items():
+            columns |= self._scores(name, reward, images, list(prompts))
+        rows: list[dict[str, Any]] = [
+            {"rewards": {name: column[row] for name, column in columns.items()}}
+            for row in range(len(pixels))
+        ]
+        if self.checker:
+            from stitchvm.world.checker import check_batch
+
+            verdicts = check_batch((pixels.float() / 255).numpy(), prompts)
+            for row, verdict in zip(rows, verdicts, strict=True):
+                row["checker"] = {"whole": float(verdict.whole), **verdict.attributes}
+        return rows
+
+    def _scores(
+        self, name: str, reward: Reward, images: Tensor, prompts: list[str]
+    ) -> dict[str, list[float]]:
+        module: nn.Module = reward.to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            distinct = list(dict.fromkeys(prompts))
+            text = None
+            if reward.uses_text:
+                text = reward.encode_text(distinct)[[distinct.index(p) for p in prompts]]
+            embedded = reward.embed(images).image
+            found = {name: reward.score(embedded, text).tolist()}
+        if self.device.type != "cpu" and name not in self._resident:
+            module.to("cpu")
+        return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Returns whether two factories build the same: one object, or one class with the same arguments."""
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    return one is other

@@ -1,0 +1,120 @@
+"""The networks of a sampling run, built once, and whether they go together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from stitchvm.hub import resolve
+from stitchvm.modules.judges import Judges
+from stitchvm.value_model import StitchedValueModel
+from stitchvm.values.base import Value
+from stitchvm.values.parts import Parts, ValueFactory
+
+if TYPE_CHECKING:
+    from stitchvm.modules.sampling import Sampling
+
+
+@dataclass
+class SamplingParts:
+    """What a sampling run is made of, on its device.
+
+    Attributes:
+        generator: The generator.
+        value: The value that steers, or None.
+        final_value: The value that chooses among particles, or None.
+        judges: The rewards and the checker that score images.
+        latent_size: Height and width of the latents.
+    """
+
+    generator: Any
+    value: Value | None
+    final_value: Value | None
+    judges: Judges
+    latent_size: tuple[int, int]
+
+    @classmethod
+    def build(cls, module: Sampling) -> SamplingParts:
+        """Builds the parts of a module.
+
+        Raises:
+            ValueError: If they do not go together, or the image size is not the model's.
+        """
+        parts = Parts(module.reward_factory, module.generator_factory)
+        generator: Any = parts.generator
+        generator.to(module.device)  # before a value borrows its weights
+        size = latent_size(generator, module.size)
+
+        def built(factory: ValueFactory | None) -> Value | None:
+            if factory is None:
+                return None
+            value = factory(parts).to(module.device)
+            check_latent_space(value, generator)
+            return value
+
+        value, final_value = built(module.value_factory), built(module.final_factory)
+        judges = Judges(
+            module.reward_factories, parts, module.reward_factory, module.checker, module.device
+        )
+        judges.check_size(*(side * generator.vae.factor for side in size))
+        return cls(generator, value, final_value, judges, size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        height, width = self.latent_size
+        return height * self.generator.vae.factor, width * self.generator.vae.factor
+
+
+def latent_size(generator: Any, pixels: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns height and width of latents for images of a size, the generator's own by default.
+
+    Raises:
+        ValueError: If the size is no multiple of a token's.
+    """
+    if pixels is None:
+        return generator.default_size
+    factor = generator.vae.factor
+    step = factor * generator.patch
+    if any(side % step for side in pixels):
+        near = [max(round(side / step), 1) * step for side in pixels]
+        raise ValueError(
+            f"model.height = {pixels[0]}, model.width = {pixels[1]}: expected multiples of {step} for {generator.id}, "
+            f"such as {near[0]} and {near[1]}."
+        )
+    return pixels[0] // factor, pixels[1] // factor
+
+
+def check_latent_space(value: nn.Module, generator: Any) -> None:
+    """Sees to it that the value models in a value read the generator's latents.
+
+    Raises:
+        ValueError: If one was made for latents of another number of channels, or of a VAE with another scale or shift.
+    """
+    for model in value.modules():
+        if not isinstance(model, StitchedValueModel):
+            continue
+        backbone: Any = model.backbone
+        own, read = generator.latent_channels, backbone.latent_channels
+        mine, theirs = (generator.vae.scale, generator.vae.shift), vae_scales(backbone.id)
+        wrong = None if own == read else f"{read} channels, not {own}"
+        if wrong is None and theirs is not None and theirs != mine:
+            wrong = f"scaling and shift {theirs}, not {mine}"
+        if wrong is not None:
+            raise ValueError(
+                f"the value model on {backbone.id} reads another latent space than that of {generator.id} ({wrong}): "
+                "its values would mean nothing. Distil one on a backbone with the generator's VAE."
+            )
+
+
+def vae_scales(path: str) -> tuple[float, float] | None:
+    """Returns scaling and shift of the VAE that belongs to a backbone; None where it cannot be told."""
+    try:
+        folder = resolve(path, allow_patterns=["vae/config.json"])
+        config = json.loads((folder / "vae" / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0)
