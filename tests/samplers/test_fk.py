@@ -104,6 +104,14 @@ def test_all_potentials_and_values_have_one_target(potential: str, kind: str) ->
     assert moments(samples)[1] == pytest.approx(variance, abs=0.012)
 
 
+def test_resampling_at_the_last_step_leaves_nothing_to_weigh() -> None:
+    samples = steer(kind="expected", n=3000, resample_every=5, resample_from=1, resample_to=STEPS)
+    assert [r.step for r in samples.records if r.info] == [1, 6, 11, 16]
+    assert samples.records[-1].sigma == 0
+    assert torch.allclose(samples.log_weights.exp(), torch.full((1, 3000), 1 / 3000).double())
+    assert float(samples.particles.mean()) == pytest.approx(target()[0], abs=0.05)
+
+
 class Dropping(FKSteering):
     """The published code's mistake: weights are forgotten where particles are not resampled."""
 
@@ -417,6 +425,16 @@ def test_a_value_of_another_latent_space_is_an_error(
     folder = value_folder(other, tiny_clip, tmp_path / "value")
     with pytest.raises(ValueError, match=r"reads latents of 8 channels .* has 4"):
         StitchedValue.from_pretrained(folder, generator=sd3)
+    same_size = sd3_folder(tmp_path / "same size", seed=3)
+    config = same_size / "vae" / "config.json"
+    config.write_text(
+        config.read_text().replace('"scaling_factor": 1.5', '"scaling_factor": 0.3611')
+    )
+    elsewhere = value_folder(same_size, tiny_clip, tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"shift \(0.3611, 0.1\).* have \(1.5, 0.1\): another VAE"
+    ):
+        StitchedValue.from_pretrained(elsewhere, generator=sd3)
     value = StitchedValue.from_pretrained(folder)  # nobody compared, until it meets latents
     with pytest.raises(ValueError, match="latents"):
         sampler()(sd3, PROMPTS, value)
