@@ -1,11 +1,12 @@
-"""What the world must show: stitched values against VAE stitch, Tweedie and Monte Carlo truth, per noise level.
+"""What the world must show: stitched values against VAE stitch and Tweedie, per noise level.
 
-    python benchmarks/world_values.py --rewards clip aesthetic hps --seeds 0 --steps 1500
+    python benchmarks/world_values.py --rewards clip aesthetic hps --seeds 0 1 2 --steps 1000
 
 For every reward and seed: `stitchvm fit` of the stitched model and of the VAE-stitch baseline, `stitchvm test` of both
-and of Tweedie. What is finished is not done again, and an interrupted training goes on from its last checkpoint.
-Writes results/world/values_REWARD.json (mean over seeds; `std` is the spread over seeds where there are several) and
-docs/images/world_REWARD.png, and prints retention, the ratio to the clean reward.
+and of Tweedie, with the seed's own images and noise. What is finished is not done again, and an interrupted training
+goes on from its last checkpoint. Writes results/world/values_REWARD.json (mean over seeds; `std` is the spread over
+seeds where there are several) and docs/images/world_REWARD.png, and prints retention, the ratio to the clean reward.
+The error against the truth is benchmarks/world_truth.py's; `--truth` adds the generator's roll-outs here.
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ def distil(reward: str, vae_stitch: bool, seed: int, steps: int) -> Path:
 
 
 def evaluate(
-    reward: str, seed: int, steps: int, images: int, truth: tuple[int, int]
+    reward: str, seed: int, baseline_seed: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Returns the records of `stitchvm test` for one seed; `truth` is images and roll-outs of the truth."""
-    root = RUNS / reward / f"eval_{steps}_seed{seed}_truth{truth[0]}x{truth[1]}"
+    """Returns the records of `stitchvm test` for one seed of the stitched model and one of the VAE stitch."""
+    truth, steps, images = args.truth, args.steps, args.images
+    root = RUNS / reward / f"eval_{steps}_seed{seed}_vae{baseline_seed}_truth{truth[0]}x{truth[1]}"
     if not (root / "metrics.json").is_file():
         models = {
-            name: distil(reward, name != "stitched", seed, steps)
-            for name in ("stitched", "vae_stitch")
+            "stitched": distil(reward, False, seed, steps),
+            "vae_stitch": distil(reward, True, baseline_seed, steps),
         }
         stitchvm(
             *("test", "--config", f"configs/eval_{NAMES[reward]}.yaml"),
@@ -130,13 +132,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rewards", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument(
+        "--vae-seeds",
+        nargs="+",
+        type=int,
+        help="training seeds of the VAE stitch, taken in turn; those of --seeds by default",
+    )
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument(
         "--truth",
         nargs=2,
         type=int,
-        default=[64, 32],
+        default=[0, 32],
         help="images and roll-outs of Monte Carlo truth",
     )
     parser.add_argument(
@@ -156,15 +164,16 @@ def main() -> None:
                 for model in args.models:
                     distil(reward, model == "vae_stitch", seed, args.steps)
             continue
-        truth = (args.truth[0], args.truth[1])
-        runs = [evaluate(reward, seed, args.steps, args.images, truth) for seed in args.seeds]
+        vae_seeds = args.vae_seeds or args.seeds
+        pairs = [(seed, vae_seeds[k % len(vae_seeds)]) for k, seed in enumerate(args.seeds)]
+        runs = [evaluate(reward, *pair, args) for pair in pairs]
         records = over_seeds(runs)
         kept = retention(records, METRICS[reward])
         write_results(
             Path(f"results/world/values_{reward}.json"),
             [*records, *kept],
             command=" ".join(["python benchmarks/world_values.py", *sys.argv[1:]]),
-            extra={"seeds": args.seeds, "steps": args.steps},
+            extra={"seeds": args.seeds, "vae_seeds": vae_seeds, "steps": args.steps},
             overwrite=True,
         )
         retention_curves(records, Path(f"docs/images/world_{reward}.png"))

@@ -8,7 +8,8 @@ generator is asked. It is the law a value model is distilled under, E[r(x(s)) | 
 A chain walks over the key (which objects, where, on which ground) and the nuisances as uniform coordinates
 in [0, 1]. Every move is symmetric under p(s), so it is accepted with the ratio of likelihoods. A latent that was
 made from a scene makes that scene an exact draw of its posterior: a chain that starts there is stationary from its
-first state, and its mean is an unbiased estimate of E[r | z_t], if a noisy one where the chain mixes slowly.
+first state, and its mean is an unbiased estimate of E[r | z_t], if a noisy one where the chain mixes slowly. A chain
+from elsewhere that is annealed (likelihood^β, β rising to 1) tells how slowly: the two agree where both mix.
 """
 
 from __future__ import annotations
@@ -94,6 +95,11 @@ class State:
         return cls(scene.key, np.array(units))
 
 
+def annealing(steps: int, chains: int, first: float = 0.003) -> NDArray[np.float64]:
+    """Returns powers (steps, chains) that rise geometrically from `first` to 1."""
+    return np.repeat(np.geomspace(first, 1.0, steps)[:, None], chains, axis=1)
+
+
 def draw_state(split: str, rng: np.random.Generator) -> State:
     """Returns a draw of p(s), the law of `sample_scenes`."""
     singles, pairs = keys(split)
@@ -157,6 +163,7 @@ def posterior_scenes(
     steps: int,
     thin: int = 1,
     split: str = "train",
+    betas: NDArray[np.float64] | None = None,
     rng: np.random.Generator,
 ) -> Iterator[list[Scene]]:
     """Yields the scenes of N parallel chains, one list of N for every `thin` steps.
@@ -169,6 +176,7 @@ def posterior_scenes(
         steps: The number of Metropolis steps.
         thin: How many of them lie between two yields.
         split: The split whose keys have prior mass.
+        betas: Each chain's power of the likelihood at each step, with shape (steps, N); 1 by default.
         rng: Where randomness comes from.
 
     Raises:
@@ -199,8 +207,9 @@ def posterior_scenes(
         proposals = [(n, propose(state, split, rng)) for n, state in enumerate(states)]
         valid = [(n, state) for n, state in proposals if state is not None]
         found = log_likelihood([s for _, s in valid], [n for n, _ in valid])
+        beta = np.ones(len(states)) if betas is None else betas[step - 1]
         for (n, state), value in zip(valid, found, strict=True):
-            if np.log(rng.random()) < value - level[n]:
+            if np.log(rng.random()) < beta[n] * (value - level[n]):
                 states[n], level[n] = state, value
         if step % thin == 0:
             yield [state.scene for state in states]

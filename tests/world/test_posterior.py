@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stitchvm.world.posterior import State, draw_state, posterior_scenes, propose
+from stitchvm.world.posterior import State, annealing, draw_state, posterior_scenes, propose
 from stitchvm.world.render import render
 from stitchvm.world.scenes import PAIR_SHARE, Scene, sample_scenes, split_of
 from stitchvm.world.scores import aesthetic_score
@@ -79,6 +79,26 @@ def test_means_are_those_of_importance_sampling() -> None:
     assert np.all(abs(means.mean(0) - expected) < 4 * stderr)
     assert np.all(stderr < 0.2 * drawn.std(0))
     assert np.any(abs(drawn.mean(0) - expected) > 8 * stderr)  # the prior's means would not pass
+
+
+def test_a_chain_from_elsewhere_finds_the_scene_when_annealed() -> None:
+    rng, n, t = np.random.default_rng(4), 8, 0.2
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return 4 * torch.nn.functional.avg_pool2d(pixels, 4)
+
+    scenes, start = sample_scenes("train", n, 20), sample_scenes("train", n, 21)
+    z_0 = encode(torch.from_numpy(render(scenes)))
+    z_t = (1 - t) * z_0 + t * torch.randn(n, *z_0.shape[1:])
+    steps = 900
+    betas = annealing(steps, n)
+    walk = posterior_scenes(start, z_t, t, encode, steps=steps, thin=steps, betas=betas, rng=rng)
+    (last,) = list(walk)
+    error = (encode(torch.from_numpy(render(last))) - z_0).square().flatten(1).mean(1)
+    before = (encode(torch.from_numpy(render(start))) - z_0).square().flatten(1).mean(1)
+    assert float(before.median()) > 0.1
+    assert float((error < 0.2 * before.median()).float().mean()) >= 0.75
+    assert sum(a.background == b.background for a, b in zip(last, scenes, strict=True)) >= 6
 
 
 def test_bad_levels_and_starts_are_named() -> None:
