@@ -179,8 +179,7 @@ class FKSteering(Sampler):
         return torch.cat(best_values)
 
     def _resample(self, run: Run, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Weights the particles by their values (P, N) and resamples them; returns the new values, ancestors and
-        numbers."""
+        """Weights particles by their values (P, N) and resamples them; returns new values, ancestors, numbers."""
         weights: Weights = run.memory["weights"]
         lam = weights.multiply(values)
         prompts, n = values.shape
