@@ -15,6 +15,7 @@ COMMANDS = {
     "validate": "Measure the validation losses of a checkpoint.",
     "test": "Measure retrieval, preference or aesthetics at several noise levels.",
     "predict": "Write a module's predictions for a data set.",
+    "sweep": "Run predict for several settings of one parameter, such as a guidance strength, and compare them.",
 }
 
 HELP = f"""usage: stitchvm [--help] [--version] COMMAND [--config FILE] [--KEY VALUE ...]
@@ -51,6 +52,11 @@ def main(args: list[str] | None = None) -> None:
         )
         raise SystemExit(2)
 
+    if argv[0] == "sweep":
+        from stitchvm.sweep import main as sweep
+
+        sweep(argv[1:])
+        return
     from stitchvm.lightning_cli import run
 
     run(argv)

@@ -98,6 +98,75 @@ def retention_curves(
     return _save(figure, path)
 
 
+def sweep_curves(records: Iterable[Record], path: str | Path, *, title: str | None = None) -> Path:
+    """Draws every metric against the settings of a swept parameter, one line per method and value.
+
+    Arguments:
+        records: The records of one or several sweep.json.
+        path: The picture's file; it is replaced if it is there.
+        title: A line above all panels.
+
+    Raises:
+        ValueError: If no record has a setting.
+    """
+    from matplotlib.figure import Figure
+
+    kept = [r for r in records if "setting" in r and r.get("value") is not None]
+    if not kept:
+        raise ValueError("no record has a setting and a value: nothing to draw.")
+    metrics = list(dict.fromkeys(r["metric"] for r in kept))
+    columns = min(len(metrics), 4)
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(max(3.4 * columns, 5.0), 2.9 * rows + 0.9), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    lines = list(dict.fromkeys((r.get("method"), r.get("value_estimator")) for r in kept))
+    for axis, metric in zip(axes, metrics, strict=False):
+        mine = [r for r in kept if r["metric"] == metric]
+        _sweep_panel(axis, mine, lines)
+        axis.set_title(metric, fontsize=10)
+    for axis in axes[len(metrics) :]:
+        axis.remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    _legend_below(figure, dict(zip(labels, handles, strict=True)), width=1.7)
+    if title:
+        figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _sweep_panel(axis: Any, records: Sequence[Record], lines: Sequence[tuple[Any, Any]]) -> None:
+    settings = list(dict.fromkeys(r["setting"] for r in records))
+    numeric = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in settings)
+    place = {x: x if numeric else k for k, x in enumerate(settings)}
+    values = [value for _, value in lines]
+    names = [value if value and values.count(value) == 1 else f"{m} {value}" for m, value in lines]
+    styles = style_of(names)
+    for (method, value), (_, colour, marker) in zip(lines, styles.values(), strict=True):
+        line = [
+            r for r in records if (r.get("method"), r.get("value_estimator")) == (method, value)
+        ]
+        line = sorted(line, key=lambda r: place[r["setting"]])
+        axis.errorbar(
+            [place[r["setting"]] for r in line],
+            [r["value"] for r in line],
+            yerr=[r.get("stderr") or 0 for r in line],
+            color=colour,
+            marker=marker,
+            markersize=4.5,
+            linewidth=1.6,
+            elinewidth=0.8,
+            capsize=2,
+            label=" + ".join(str(name) for name in (method, value) if name) or "sampler",
+        )
+    positive = [x for x in place.values() if x > 0]
+    if numeric and positive and max(positive) > 20 * min(positive):
+        axis.set_xscale("symlog", linthresh=min(positive))
+    elif not numeric:
+        axis.set_xticks(list(place.values()), [str(x) for x in place])
+    axis.set_xlabel(str(records[0].get("parameter", "setting")))
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
 def _legend_below(figure: Any, handles: Mapping[str, Any], width: float) -> None:
     """Puts a legend under the panels, in as many columns of a width in inches as fit."""
     figure.legend(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from stitchvm.plots import heatmap, retention_curves, style_of
+from stitchvm.plots import heatmap, retention_curves, style_of, sweep_curves
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -114,3 +114,44 @@ def test_a_hole_in_the_grid_stays_empty(tmp_path: Path, figure: list[Figure]) ->
     cells = [{"i": 1, "j": 1, "feature_loss": 0.5}, {"i": 2, "j": 2, "feature_loss": math.nan}]
     heatmap(cells, tmp_path / "grid.png")
     assert [text.get_text() for text in figure[0].axes[0].texts] == ["0.500"]
+
+
+def sweep(method: str, value: str | None, settings: list) -> list[dict]:
+    return [
+        {"metric": metric, "method": method, "value_estimator": value, "parameter": "strength"}
+        | {"setting": setting, "value": k + 0.5, "stderr": 0.1}
+        for metric in ("clip", "average gain")
+        for k, setting in enumerate(settings)
+    ]
+
+
+def test_sweep_curves_draw_settings_in_order(figure, tmp_path: Path) -> None:
+    failed = {"metric": "clip", "setting": 1e9, "value": None, "error": "not finite"}
+    records = [
+        *sweep("guided", "stitched", [0, 4, 0.5]),
+        *sweep("guided", "tweedie", [0, 0.01]),
+        failed,
+    ]
+    path = sweep_curves(records, tmp_path / "sweep.png")
+    assert path.stat().st_size > 5000
+    clip, average = figure[-1].axes
+    assert (clip.get_title(), average.get_title()) == ("clip", "average gain")
+    stitched, tweedie = (container[0] for container in clip.containers)
+    assert stitched.get_xdata().tolist() == [0, 0.5, 4]
+    assert stitched.get_ydata().tolist() == [0.5, 2.5, 1.5]
+    assert tweedie.get_color() == style_of(["tweedie"])["tweedie"][1]
+    assert clip.get_xlabel() == "strength" and clip.get_xscale() == "symlog"
+
+
+def test_sweep_curves_of_words_and_of_two_methods_with_one_value(figure, tmp_path: Path) -> None:
+    records = [
+        *sweep("guided", "stitched", ["[0, 0.5]", "[0.5, 1]"]),
+        *sweep("fk", "stitched", ["[0, 0.5]"]),
+    ]
+    sweep_curves(records, tmp_path / "sweep.png")
+    axis = figure[-1].axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["[0, 0.5]", "[0.5, 1]"]
+    one, other = (container[0] for container in axis.containers)
+    assert one.get_color() != other.get_color()
+    with pytest.raises(ValueError, match="nothing to draw"):
+        sweep_curves([{"metric": "clip", "value": 1.0}], tmp_path / "none.png")
