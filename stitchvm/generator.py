@@ -8,26 +8,27 @@ of `StableDiffusion3Pipeline` and `FluxPipeline` bit for bit (CPU, float32).
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
-from stitchvm.backbones.flux import FluxBackbone, image_ids, pack, pipeline_timestep, unpack
+from stitchvm.backbones.flux import FluxBackbone, call_flux
 from stitchvm.backbones.loading import parse_dtype, read_model_class
 from stitchvm.backbones.network import NetworkBackbone
-from stitchvm.backbones.null_text import PromptStore, null_condition
-from stitchvm.backbones.sd3 import SD3Backbone
-from stitchvm.backbones.text import DEFAULT_TOKENS, Condition, TextEncoders
+from stitchvm.backbones.null_text import null_condition
+from stitchvm.backbones.pipeline_text import PipelineEncoders, read_pipeline
+from stitchvm.backbones.prompts import PromptMemory
+from stitchvm.backbones.sd3 import SD3Backbone, call_sd3
+from stitchvm.backbones.text import DEFAULT_TOKENS, FAMILIES, Condition, TextEncoders
 from stitchvm.hub import resolve
+from stitchvm.schedule import scheduler_sigmas
 from stitchvm.vae import VAE
 from stitchvm.value_model import used_weights
 
-_FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 _WEIGHTS = [
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -40,6 +41,8 @@ _WEIGHTS = [
 
 class Generator(nn.Module):
     """An SD3- or FLUX-class generator, frozen until adapters are added to `transformer`.
+
+    `Generator(path)` loads one; `Generator.from_pipeline(pipe)` takes a diffusers pipeline that is in memory.
 
     Arguments:
         path: A pipeline folder, a hub id, or "world:sd3".
@@ -82,14 +85,14 @@ class Generator(nn.Module):
         torch_dtype = parse_dtype(dtype)
         folder = resolve(path, allow_patterns=_WEIGHTS, revision=revision)
         class_name = read_model_class(path, folder)
-        if class_name not in _FAMILIES:
+        if class_name not in FAMILIES:
             raise ValueError(
-                f"'{path}' holds a {class_name}, expected one of {', '.join(_FAMILIES)}: other "
+                f"'{path}' holds a {class_name}, expected one of {', '.join(FAMILIES)}: other "
                 "families need a file of their own beside this one"
             )
         self.id, self.family, self.guidance_scale = (
             str(path),
-            _FAMILIES[class_name],
+            FAMILIES[class_name],
             guidance_scale,
         )
         self.vae = VAE(path, dtype=vae_dtype, revision=revision)
@@ -100,13 +103,47 @@ class Generator(nn.Module):
         self.eval()
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.text_tokens = text_tokens or DEFAULT_TOKENS[self.family]
-        self._encoders = TextEncoders(path, self.family, self.text_tokens, torch_dtype, revision)
-        self._store = PromptStore(self._encoders, prompt_cache) if prompt_cache else None
-        self._kept: OrderedDict[str, Condition] = OrderedDict()
-        self._limit = prompts_in_memory
-        self._null: Condition | None = None
-        self._revision, self._folder = revision, folder
+        tokens = text_tokens or DEFAULT_TOKENS[self.family]
+        encoders = TextEncoders(path, self.family, tokens, torch_dtype, revision)
+        self._memory = PromptMemory(encoders, prompts_in_memory, prompt_cache)
+        self._folder, self._pipe = folder, None
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        guidance_scale: float | None = None,
+        text_tokens: int | None = None,
+        prompts_in_memory: int = 256,
+    ) -> Generator:
+        """Returns a generator around a loaded `StableDiffusion3Pipeline` or `FluxPipeline`; nothing is copied.
+
+        Device, dtypes, scheduler and text encoders are the pipeline's. Transformer and VAE are frozen, up to LoRA
+        adapters.
+
+        Arguments:
+            pipe: The pipeline.
+            guidance_scale: The default g; the default of the pipeline's own call if None.
+            text_tokens: The T5 length (its `max_sequence_length`); the default of its call if None.
+            prompts_in_memory: How many conditions are kept in (CPU) memory.
+
+        Raises:
+            ValueError: If it is no such pipeline, has another scheduler, or offloads its networks.
+        """
+        family, id, scale = read_pipeline(pipe)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.id, self.family = id, family
+        self.guidance_scale = scale if guidance_scale is None else guidance_scale
+        self.vae = VAE.from_network(pipe.vae, id)
+        self.transformer = pipe.transformer
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_" in name)
+        self.eval()
+        encoders = PipelineEncoders(pipe, family, text_tokens or DEFAULT_TOKENS[family])
+        self._memory = PromptMemory(encoders, prompts_in_memory)
+        self._pipe = pipe
+        return self
 
     # Sizes.
 
@@ -139,34 +176,29 @@ class Generator(nn.Module):
             num_steps: The number of steps N.
             latent_size: The latent height and width; `default_size` by default.
         """
+        height, width = latent_size or self.default_size
+        tokens = (height // self.patch) * (width // self.patch)
+        return scheduler_sigmas(self._scheduler(), num_steps, tokens, self.family == "flux")
+
+    def _scheduler(self) -> Any:
+        """Returns a scheduler of its own, set as the pipeline's."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(
-            self._folder, subfolder="scheduler"
-        )
-        height, width = latent_size or self.default_size
-        tokens, config = (height // self.patch) * (width // self.patch), scheduler.config
-        options: dict[str, Any] = {}
-        if config.use_dynamic_shifting:
-            slope = (config.max_shift - config.base_shift) / (
-                config.max_image_seq_len - config.base_image_seq_len
-            )
-            options["mu"] = tokens * slope + config.base_shift - slope * config.base_image_seq_len
-        if self.family == "flux":
-            options["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
-        else:
-            options["num_inference_steps"] = num_steps
-        scheduler.set_timesteps(**options)
-        return scheduler.sigmas.float()
+        if self._pipe is not None:
+            return deepcopy(self._pipe.scheduler)
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self._folder, subfolder="scheduler")
 
     # Prompts.
 
     @property
     def null(self) -> Condition:
         """The condition of the empty prompt with B = 1, for guidance and for backbones."""
-        if self._null is None:
-            self._null = null_condition(self._encoders)
-        return self._null
+        return self._memory.null
+
+    @property
+    def text_tokens(self) -> int:
+        """The T5 length."""
+        return self._memory.encoders.num_tokens
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Returns the condition of B prompts, on the transformer's device.
@@ -176,44 +208,21 @@ class Generator(nn.Module):
         Raises:
             ValueError: If there are no prompts.
         """
-        texts = list(prompts)
-        known = {text: c for text in texts if (c := self._lookup(text)) is not None}
-        missing = [text for text in dict.fromkeys(texts) if text not in known]
-        if missing or not texts:
-            encoded = self._encoders(missing, device=self.device)
-            for number, text in enumerate(missing):
-                condition = encoded.select(slice(number, number + 1)).to("cpu")
-                known[text] = condition
-                if self._store is not None:
-                    self._store.put(text, condition)
-        for text, condition in known.items():
-            self._kept[text] = condition
-            self._kept.move_to_end(text)
-        while len(self._kept) > self._limit:
-            self._kept.popitem(last=False)
-        return Condition.cat([known[text] for text in texts]).to(self.device)
+        return self._memory(prompts, self.device)
 
     def encode_ahead(self, prompts: Sequence[str]) -> None:
         """Encodes prompts, keeps the conditions of all of them in memory, and frees the text encoders.
 
         Each is encoded by itself, so that its condition is the same to the last bit whatever others there are.
         """
-        distinct = list(dict.fromkeys(prompts))
-        self._limit = max(self._limit, len(distinct))
-        for prompt in distinct:
-            self.encode_prompts([prompt])
-        self.free_text_encoders()
+        self._memory.encode_ahead(prompts, self.device)
 
     def free_text_encoders(self) -> None:
-        """Frees the text encoders, after seeing to the empty prompt; cached prompts stay usable."""
-        _ = self.null
-        self._encoders.free()
+        """Frees the text encoders, after seeing to the empty prompt; cached prompts stay usable.
 
-    def _lookup(self, text: str) -> Condition | None:
-        """Returns a condition from memory or disk."""
-        if text in self._kept:
-            return self._kept[text]
-        return self._store.get(text) if self._store is not None else None
+        Those of a pipeline stay the pipeline's.
+        """
+        self._memory.free()
 
     # The velocity.
 
@@ -291,10 +300,7 @@ class Generator(nn.Module):
             return None
         null = self.null
         if settings["null_tokens"] != self.text_tokens:
-            encoders = TextEncoders(
-                self.id, self.family, settings["null_tokens"], self.dtype, self._revision
-            )
-            null = null_condition(encoders)
+            null = null_condition(self._memory.encoders.with_tokens(settings["null_tokens"]))
         extra = {"guidance": settings["guidance"]} if "guidance" in settings else {}
         backbone = self._borrow(null, **extra)
         return backbone if used_weights(backbone, i) == spec["fingerprint"] else None
@@ -309,29 +315,18 @@ class Generator(nn.Module):
         """SD3: both branches in one batch, [empty, prompt], as in the pipeline, unless one has begun."""
         if scale <= 1:
             self._no_branch(prefix)
-            return self._call_sd3(z_t, t, cond), None
+            return call_sd3(self.transformer, z_t, t, cond), None
         if prefix is not None:
             u_null, u_prompt = (
                 self.null_branch().suffix(prefix),
-                self._call_sd3(z_t, t, cond),
+                call_sd3(self.transformer, z_t, t, cond),
             )
         else:
             null = self.null.to(self.device, self.dtype).repeat(len(z_t))
-            both = self._call_sd3(
-                torch.cat([z_t, z_t]), torch.cat([t, t]), Condition.cat([null, cond])
-            )
+            twice = (torch.cat([z_t, z_t]), torch.cat([t, t]), Condition.cat([null, cond]))
+            both = call_sd3(self.transformer, *twice)
             u_null, u_prompt = both.chunk(2)
         return u_null + scale * (u_prompt - u_null), u_prompt - u_null
-
-    def _call_sd3(self, z_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """One call of an SD3 transformer; its timestep is 1000·t in float32."""
-        return self.transformer(
-            hidden_states=z_t,
-            timestep=1000 * t,
-            encoder_hidden_states=cond.tokens,
-            pooled_projections=cond.pooled,
-            return_dict=False,
-        )[0]
 
     def _flux(
         self, z_t: Tensor, t: Tensor, cond: Condition, scale: float, prefix: PrefixState | None
@@ -339,8 +334,8 @@ class Generator(nn.Module):
         """FLUX: g is an input of a guidance-distilled model; others run the empty prompt separately."""
         if self.transformer.config.guidance_embeds:
             self._no_branch(prefix)
-            return self._call_flux(z_t, t, cond, torch.full_like(t, scale)), None
-        u_prompt = self._call_flux(z_t, t, cond, None)
+            return call_flux(self.transformer, z_t, t, cond, torch.full_like(t, scale)), None
+        u_prompt = call_flux(self.transformer, z_t, t, cond)
         if scale <= 1:
             self._no_branch(prefix)
             return u_prompt, None
@@ -348,7 +343,7 @@ class Generator(nn.Module):
             u_null = self.null_branch().suffix(prefix)
         else:
             null = self.null.to(self.device, self.dtype).repeat(len(z_t))
-            u_null = self._call_flux(z_t, t, null, None)
+            u_null = call_flux(self.transformer, z_t, t, null)
         return u_null + scale * (u_prompt - u_null), u_prompt - u_null
 
     def _no_branch(self, prefix: PrefixState | None) -> None:
@@ -357,23 +352,6 @@ class Generator(nn.Module):
                 f"a prefix of the null-text branch came, but {self.id} runs no such branch at this guidance: "
                 "ask runs_null_branch first."
             )
-
-    def _call_flux(
-        self, z_t: Tensor, t: Tensor, cond: Condition, guidance: Tensor | None
-    ) -> Tensor:
-        """One call of a FLUX transformer on packed latents."""
-        grid = (z_t.shape[2] // 2, z_t.shape[3] // 2)
-        tokens = self.transformer(
-            hidden_states=pack(z_t),
-            timestep=pipeline_timestep(t, self.dtype),
-            guidance=guidance,
-            encoder_hidden_states=cond.tokens,
-            pooled_projections=cond.pooled,
-            txt_ids=z_t.new_zeros(cond.tokens.shape[1], 3),
-            img_ids=image_ids(grid, z_t),
-            return_dict=False,
-        )[0]
-        return unpack(tokens, grid)
 
     def _check(self, z_t: Tensor, t: Tensor, cond: Condition) -> None:
         """Raises ValueError unless latents, noise levels and conditions fit."""

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +104,30 @@ def _linspace(start: float, stop: float, num: int) -> Tensor:
     if num > 1:
         points[-1] = stop
     return points
+
+
+def scheduler_sigmas(scheduler: Any, num_steps: int, num_tokens: int, linear: bool) -> Tensor:
+    """Returns the levels that a pipeline's own scheduler gives, float32, with shape (num_steps + 1,).
+
+    Arguments:
+        scheduler: A diffusers `FlowMatchEulerDiscreteScheduler`; its timesteps are set.
+        num_steps: The number of steps N.
+        num_tokens: The number of image tokens, by which schedulers with dynamic shifting shift.
+        linear: Whether the pipeline hands it σ = 1 − i/N, as FLUX's does, and not N alone.
+    """
+    config = scheduler.config
+    options: dict[str, Any] = {}
+    if config.use_dynamic_shifting:
+        slope = (config.max_shift - config.base_shift) / (
+            config.max_image_seq_len - config.base_image_seq_len
+        )
+        options["mu"] = num_tokens * slope + config.base_shift - slope * config.base_image_seq_len
+    if linear:
+        options["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+    else:
+        options["num_inference_steps"] = num_steps
+    scheduler.set_timesteps(**options)
+    return scheduler.sigmas.float()
 
 
 class NoiseLevelLaw(ABC):

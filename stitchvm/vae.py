@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,6 @@ class VAE(nn.Module):
         super().__init__()
         from diffusers import AutoencoderKL
 
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(
-                f"micro_batch = {micro_batch}, expected at least 1, or None for all at once"
-            )
         torch_dtype = parse_dtype(dtype)
         patterns = ["model_index.json", *(f"vae/{name}" for name in _FILES)]
         folder = resolve(path, allow_patterns=patterns, revision=revision)
@@ -64,12 +60,38 @@ class VAE(nn.Module):
         found = json.loads((folder / "config.json").read_text()).get("_class_name")
         if found != "AutoencoderKL":
             raise ValueError(f"'{path}' holds a {found}, expected an AutoencoderKL in {folder}")
-        self.id = str(path)
-        self.micro_batch = micro_batch
-        self.network = AutoencoderKL.from_pretrained(
+        network = AutoencoderKL.from_pretrained(
             folder, torch_dtype=torch_dtype, use_safetensors=True
         )
-        config = self.network.config
+        self._take(network, str(path), micro_batch)
+
+    @classmethod
+    def from_network(cls, network: Any, id: str, micro_batch: int | None = None) -> VAE:
+        """Returns a VAE around an `AutoencoderKL` that is in memory, not copied, in its own dtype, frozen.
+
+        Arguments:
+            network: The autoencoder, e.g. `pipe.vae`.
+            id: What to call it.
+            micro_batch: How many images go through the network at once; the whole batch if None.
+
+        Raises:
+            ValueError: If it is no AutoencoderKL.
+        """
+        if type(network).__name__ != "AutoencoderKL":
+            raise ValueError(f"'{id}' has a {type(network).__name__}, expected an AutoencoderKL")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._take(network, id, micro_batch)
+        return self
+
+    def _take(self, network: Any, id: str, micro_batch: int | None) -> None:
+        """Takes a network and the numbers in its configuration, and freezes it."""
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(
+                f"micro_batch = {micro_batch}, expected at least 1, or None for all at once"
+            )
+        self.id, self.micro_batch, self.network = id, micro_batch, network
+        config = network.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.latent_channels = config.latent_channels
         self.scale = float(config.scaling_factor)

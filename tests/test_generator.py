@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchHeunDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 
 from stitchvm.backbones.flux import unpack
 from stitchvm.backbones.sd3 import SD3Backbone
 from stitchvm.backbones.text import Condition
 from stitchvm.generator import Generator
+from stitchvm.rewards.clip import CLIPReward
+from stitchvm.value_model import StitchedValueModel
 from tests.tiny import flux_folder
 
 PROMPTS = ["a red circle", "a blue square left of the red circle"]
@@ -128,14 +135,14 @@ def test_prompts_are_kept_in_memory_and_on_disk(tiny_sd3: Path, tmp_path: Path) 
         (folder / name / "away").rename(folder / name / "model.safetensors")
     other = Generator(str(folder), text_tokens=12, prompt_cache=str(tmp_path / "kept"))
     assert torch.equal(other.encode_prompts(PROMPTS).pooled, cond.pooled)
-    assert not other._encoders._loaded
+    assert not other._memory.encoders._loaded
 
 
 def test_memory_is_bounded(tiny_sd3: Path) -> None:
     generator = Generator(str(tiny_sd3), text_tokens=4, prompts_in_memory=2)
     cond = generator.encode_prompts(["a", "of", "the"])
     assert len(cond) == 3
-    assert list(generator._kept) == ["of", "the"]
+    assert list(generator._memory.kept) == ["of", "the"]
 
 
 def test_velocity_takes_one_prompt_for_all_and_is_differentiable(sd3: Generator) -> None:
@@ -169,6 +176,114 @@ def test_guidance_branches_share_the_null_text_with_a_backbone(
     backbone = SD3Backbone(str(tiny_sd3), max_depth=1, dtype="float32", null_tokens=12)
     assert torch.equal(sd3.null.tokens, backbone.null_context)
     assert torch.equal(sd3.null.pooled, backbone.null_pooled)
+
+
+# Around a pipeline that is in memory.
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_around_a_pipeline_it_is_the_loaded_generator(
+    family: str, scale: float, request: pytest.FixtureRequest
+) -> None:
+    folder, loaded = (request.getfixturevalue(name) for name in (f"tiny_{family}", family))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    generator = Generator.from_pipeline(pipe, text_tokens=12)
+    assert generator.transformer is pipe.transformer and generator.vae.network is pipe.vae
+    assert (generator.id, generator.family, generator.text_tokens) == (str(folder), family, 12)
+    assert generator.default_size == loaded.default_size
+    z_t, t = torch.randn(2, 4, 12, 8), torch.tensor([0.3, 0.9])
+    own, theirs = generator.encode_prompts(PROMPTS), loaded.encode_prompts(PROMPTS)
+    assert torch.equal(own.tokens, theirs.tokens) and torch.equal(own.pooled, theirs.pooled)
+    assert torch.equal(generator.null.tokens, loaded.null.tokens)
+    u = generator.velocity(z_t, t, own, guidance_scale=scale)
+    assert torch.equal(u, loaded.velocity(z_t, t, theirs, guidance_scale=scale))
+    for steps, size in ((4, (12, 8)), (7, None)):
+        assert torch.equal(generator.sigmas(steps, size), loaded.sigmas(steps, size))
+    z_0 = torch.randn(1, 4, 8, 8)
+    assert torch.equal(generator.vae.decode(z_0), loaded.vae.decode(z_0))
+
+
+def test_around_a_pipeline_the_defaults_are_those_of_its_call(
+    tiny_sd3: Path, tiny_flux: Path, tmp_path: Path
+) -> None:
+    folders = [tiny_sd3, tiny_flux, flux_folder(tmp_path, guidance_embeds=False)]
+    pipes = [DiffusionPipeline.from_pretrained(folder) for folder in folders]
+    generators = [Generator.from_pipeline(pipe) for pipe in pipes]
+    assert [g.guidance_scale for g in generators] == [7.0, 3.5, 1.0]
+    assert [g.text_tokens for g in generators] == [256, 512, 512]
+    assert Generator.from_pipeline(pipes[0], guidance_scale=2.0).guidance_scale == 2
+
+
+def test_around_a_pipeline_the_scheduler_is_as_it_was_set(tiny_sd3: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny_sd3)
+    generator = Generator.from_pipeline(pipe)
+    before = generator.sigmas(4)
+    pipe.scheduler.set_shift(1.0)  # leaves the configuration as it was
+    assert not torch.equal(generator.sigmas(4), before)
+    pipe.scheduler.set_timesteps(4)
+    assert torch.equal(generator.sigmas(4), pipe.scheduler.sigmas)
+    generator.sigmas(9)
+    assert len(pipe.scheduler.sigmas) == 5  # it is not disturbed
+
+
+def test_around_a_pipeline_its_dtype_and_text_encoders_are_used(tiny_sd3: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny_sd3, torch_dtype=torch.bfloat16)
+    generator = Generator.from_pipeline(pipe, text_tokens=12)
+    assert generator.dtype == generator.vae.dtype == torch.bfloat16
+    assert generator.encode_prompts(["a"]).tokens.dtype == torch.bfloat16
+    pipe.text_encoder_2.text_projection.weight.data.mul_(2)
+    options = {"prompt_2": ["red"], "prompt_3": ["red"], "do_classifier_free_guidance": False}
+    pooled = pipe.encode_prompt(["red"], max_sequence_length=12, **options)[2]
+    assert torch.equal(generator.encode_prompts(["red"]).pooled, pooled)
+    generator.free_text_encoders()
+    assert pipe.text_encoder is not None and len(generator.encode_prompts(["blue"])) == 1
+
+
+def test_around_a_pipeline_adapters_stay_trainable(tiny_sd3: Path) -> None:
+    from peft import LoraConfig
+
+    pipe = DiffusionPipeline.from_pretrained(tiny_sd3)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    Generator.from_pipeline(pipe)
+    left = [name for name, p in pipe.transformer.named_parameters() if p.requires_grad]
+    assert left and all("lora_" in name for name in left)
+    assert not any(p.requires_grad for p in pipe.vae.parameters())
+
+
+def test_a_value_model_runs_on_the_pipelines_transformer(
+    tiny_sd3: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    reward = CLIPReward(model=f"local-dir:{tiny_clip}")
+    backbone = SD3Backbone(str(tiny_sd3), max_depth=2, dtype="float32", null_tokens=5)
+    model = StitchedValueModel(backbone, reward, (2, 1))
+    folder = model.save_pretrained(tmp_path / "value")
+    pipe = DiffusionPipeline.from_pretrained(tiny_sd3)
+    generator = Generator.from_pipeline(pipe, text_tokens=12)
+    lent = generator.lend(StitchedValueModel.read(folder))  # with 5 tokens of null text, not 12
+    assert lent is not None and lent.network is pipe.transformer
+    z_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
+    assert torch.equal(lent(z_t, t, 2), backbone(z_t, t, 2))
+
+
+def test_pipelines_that_do_not_fit(tiny_sd3: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny_sd3)
+    euler, pipe.scheduler = pipe.scheduler, FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"FlowMatchHeun.*expected a FlowMatchEuler"):
+        Generator.from_pipeline(pipe)
+    pipe.scheduler = euler
+    pipe.vae._hf_hook = object()  # as accelerate's offloading leaves it
+    with pytest.raises(ValueError, match="offloaded to the CPU by hooks"):
+        Generator.from_pipeline(pipe)
+    del pipe.vae._hf_hook
+    pipe.text_encoder = None
+    with pytest.raises(ValueError, match="without text encoders"):
+        Generator.from_pipeline(pipe).encode_prompts(["a"])
+    with pytest.raises(ValueError, match="no prompts"):
+        Generator.from_pipeline(pipe).encode_prompts([])
+    pipe.transformer = torch.nn.Identity()
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline with a Identity came"):
+        Generator.from_pipeline(pipe)
 
 
 def test_bad_inputs(sd3: Generator, tiny_sd3: Path, tmp_path: Path) -> None:

@@ -112,3 +112,16 @@ def test_latent_scaling_is_that_of_the_configuration(vae: VAE, tiny_sd3: Path) -
     assert latent_scaling(str(tiny_sd3)) == (vae.scale, vae.shift) == (1.5, 0.1)
     assert latent_scaling(str(tiny_sd3 / "transformer")) is None
     assert latent_scaling("nobody/nothing") is None and latent_scaling("latent") is None
+
+
+def test_around_an_autoencoder_in_memory(vae: VAE, tiny_sd3: Path) -> None:
+    network = AutoencoderKL.from_pretrained(tiny_sd3 / "vae", torch_dtype=torch.bfloat16)
+    around = VAE.from_network(network, "mine", micro_batch=1)
+    assert around.network is network and around.dtype == torch.bfloat16
+    assert (around.id, around.factor, around.latent_channels) == ("mine", 2, 4)
+    assert not any(p.requires_grad for p in network.parameters())
+    z_0 = torch.randn(2, 4, 4, 4)
+    around.network.float()
+    torch.testing.assert_close(around.decode(z_0), vae.decode(z_0), rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="'mine' has a Identity, expected an AutoencoderKL"):
+        VAE.from_network(torch.nn.Identity(), "mine")

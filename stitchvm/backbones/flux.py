@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stitchvm.backbones.base import PrefixState
 from stitchvm.backbones.loading import find_tensors, load_tensors
 from stitchvm.backbones.network import NetworkBackbone
+from stitchvm.backbones.text import Condition
 
 
 def pack(z: Tensor) -> Tensor:
@@ -41,6 +42,32 @@ def image_ids(grid: tuple[int, int], like: Tensor) -> Tensor:
 def pipeline_timestep(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns what `FluxPipeline` passes as timestep for noise levels t: 1000·t, rounded to `dtype`, / 1000."""
     return (1000 * t.float()).to(dtype) / 1000
+
+
+def call_flux(
+    transformer: Any, z_t: Tensor, t: Tensor, cond: Condition, guidance: Tensor | None = None
+) -> Tensor:
+    """Returns the velocity (B, C, H, W) of a whole FLUX transformer, called as the pipeline calls it.
+
+    Arguments:
+        transformer: The diffusers transformer.
+        z_t: Noisy latents, with shape (B, C, H, W), in its dtype.
+        t: Noise levels, with shape (B,), float32.
+        cond: The conditions of B prompts, in its dtype.
+        guidance: The guidance scales (B,) that a guidance-distilled model is told.
+    """
+    grid = (z_t.shape[2] // 2, z_t.shape[3] // 2)
+    tokens = transformer(
+        hidden_states=pack(z_t),
+        timestep=pipeline_timestep(t, z_t.dtype),
+        guidance=guidance,
+        encoder_hidden_states=cond.tokens,
+        pooled_projections=cond.pooled,
+        txt_ids=z_t.new_zeros(cond.tokens.shape[1], 3),
+        img_ids=image_ids(grid, z_t),
+        return_dict=False,
+    )[0]
+    return unpack(tokens, grid)
 
 
 class FluxBackbone(NetworkBackbone):

@@ -112,6 +112,8 @@ def null_condition(encoders: TextEncoders, null_embeddings: str | None = None) -
                 "compute them with the model's own text encoders"
             )
         return read_condition(file).to(encoders.dtype)
+    if not encoders.on_disk:
+        return encoders([""]).to("cpu")
     store = PromptStore(encoders)
     if (kept := store.get("")) is not None:
         return kept

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stitchvm.backbones.base import PrefixState
 from stitchvm.backbones.loading import find_tensors, load_tensors
 from stitchvm.backbones.network import NetworkBackbone
+from stitchvm.backbones.text import Condition
 
 _TABLE = "pos_embed.pos_embed"
 
@@ -78,6 +79,24 @@ class CroppedPatchEmbed(nn.Module):
         patches = self.proj(latent)
         position = self.table.window(patches.shape[2], patches.shape[3], like=patches)
         return patches.flatten(2).transpose(1, 2) + position
+
+
+def call_sd3(transformer: Any, z_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """Returns the velocity (B, C, H, W) of a whole SD3 transformer, called as the pipeline calls it.
+
+    Arguments:
+        transformer: The diffusers transformer.
+        z_t: Noisy latents, with shape (B, C, H, W), in its dtype.
+        t: Noise levels, with shape (B,), float32; its timestep is 1000·t in float32.
+        cond: The conditions of B prompts, in its dtype.
+    """
+    return transformer(
+        hidden_states=z_t,
+        timestep=1000 * t,
+        encoder_hidden_states=cond.tokens,
+        pooled_projections=cond.pooled,
+        return_dict=False,
+    )[0]
 
 
 class SD3Backbone(NetworkBackbone):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stitchvm.hub import resolve
 
+FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 DEFAULT_TOKENS = {"sd3": 256, "flux": 512}
 _PATTERNS = [
     "model_index.json",
@@ -98,6 +99,15 @@ class TextEncoders:
         self._found: Path | None = None
         self._loaded: dict[str, nn.Module] = {}
         self._tokenizers: dict[str, Any] = {}
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether what they say can be kept in a file, to be read in their place."""
+        return True
+
+    def with_tokens(self, num_tokens: int) -> TextEncoders:
+        """Returns the same encoders for another length; they are loaded anew."""
+        return TextEncoders(self.path, self.family, num_tokens, self.dtype, self.revision)
 
     def free(self) -> None:
         """Frees all encoders; the next prompt that is not cached loads them again."""

@@ -1,0 +1,79 @@
+"""The conditions of prompts a generator has been told: each encoded once, kept in memory and, if asked, on disk."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from stitchvm.backbones.null_text import PromptStore, null_condition
+from stitchvm.backbones.text import Condition, TextEncoders
+
+
+class PromptMemory:
+    """Conditions by prompt, in CPU memory up to a limit.
+
+    Arguments:
+        encoders: What encodes a prompt that is not kept.
+        limit: How many conditions are kept in memory; the oldest go first.
+        folder: Where they are kept on disk, too; nowhere if None.
+
+    Attributes:
+        kept: The conditions in memory, the oldest first.
+    """
+
+    def __init__(self, encoders: TextEncoders, limit: int, folder: str | None = None) -> None:
+        self.encoders, self.limit = encoders, limit
+        self.kept: OrderedDict[str, Condition] = OrderedDict()
+        self._store = PromptStore(encoders, folder) if folder else None
+        self._null: Condition | None = None
+
+    @property
+    def null(self) -> Condition:
+        """The condition of the empty prompt with B = 1."""
+        if self._null is None:
+            self._null = null_condition(self.encoders)
+        return self._null
+
+    def __call__(self, prompts: Sequence[str], device: torch.device) -> Condition:
+        """Returns the condition of B prompts; those that are not kept are encoded in one batch.
+
+        Raises:
+            ValueError: If there are no prompts.
+        """
+        texts = list(prompts)
+        known = {text: c for text in texts if (c := self._lookup(text)) is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing or not texts:
+            encoded = self.encoders(missing, device=device)
+            for number, text in enumerate(missing):
+                condition = encoded.select(slice(number, number + 1)).to("cpu")
+                known[text] = condition
+                if self._store is not None:
+                    self._store.put(text, condition)
+        for text, condition in known.items():
+            self.kept[text] = condition
+            self.kept.move_to_end(text)
+        while len(self.kept) > self.limit:
+            self.kept.popitem(last=False)
+        return Condition.cat([known[text] for text in texts]).to(device)
+
+    def encode_ahead(self, prompts: Sequence[str], device: torch.device) -> None:
+        """Encodes prompts one by one, keeps them all, and frees the encoders."""
+        distinct = list(dict.fromkeys(prompts))
+        self.limit = max(self.limit, len(distinct))
+        for prompt in distinct:
+            self([prompt], device)
+        self.free()
+
+    def free(self) -> None:
+        """Frees the encoders, after seeing to the empty prompt."""
+        _ = self.null
+        self.encoders.free()
+
+    def _lookup(self, text: str) -> Condition | None:
+        """Returns a condition from memory or disk."""
+        if text in self.kept:
+            return self.kept[text]
+        return self._store.get(text) if self._store is not None else None
