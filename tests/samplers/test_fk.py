@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from stitchvm.generator import Generator
-from stitchvm.rewards.clip import CLIPReward
 from stitchvm.samplers.base import Record, Run, Samples
 from stitchvm.samplers.best_of_n import BestOfN
 from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.plain import PlainSampler
 from stitchvm.samplers.resampling import SCHEMES
 from stitchvm.schedule import sigma_grid
-from stitchvm.value_model import StitchedValueModel
-from stitchvm.values.stitched import StitchedValue
-from stitchvm.values.terminal import TerminalValue
-from stitchvm.values.tweedie import TweedieValue
 from stitchvm.world.closed_form import GaussianWorld, KnownReward
 from tests.samplers.fakes import ClosedFormGenerator, KnownValue
 from tests.values.fakes import known, mixture
@@ -349,127 +343,3 @@ def test_a_run_without_a_value_or_with_one_that_is_not_finite_is_an_error() -> N
     nan = KnownReward.linear(torch.full((1, 1, 1), math.nan))
     with pytest.raises(ValueError, match=r"not finite at step 4, σ = 0\.8, prompt '0'"):
         FKSteering(2, num_steps=20)(generator, ["0"], KnownValue(WORLD, nan, "expected"))
-
-
-# On a tiny SD3 pipeline, with a stitched value.
-
-
-@pytest.fixture(scope="module")
-def sd3(tiny_sd3: Path) -> Generator:
-    return Generator(str(tiny_sd3), text_tokens=12, guidance_scale=4.5)
-
-
-def value_folder(backbone: Path, clip: Path, folder: Path) -> Path:
-    from stitchvm.backbones.sd3 import SD3Backbone
-
-    torch.manual_seed(0)
-    network = SD3Backbone(str(backbone), max_depth=3, dtype="float32", null_tokens=12)
-    model = StitchedValueModel(network, CLIPReward(model=f"local-dir:{clip}"), (2, 1))
-    torch.nn.init.normal_(model.stitch.F.weight, std=0.3)
-    return model.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def stitched(
-    sd3: Generator, tiny_sd3: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory
-) -> StitchedValue:
-    folder = value_folder(tiny_sd3, tiny_clip, tmp_path_factory.mktemp("value"))
-    return StitchedValue.from_pretrained(folder, generator=sd3)
-
-
-def sampler(**changes: object) -> FKSteering:
-    settings = {"lam": 5.0, "num_steps": 6, "resample_every": 2, "resample_from": 1} | changes
-    return FKSteering(3, 2, **settings)
-
-
-def test_the_chosen_childs_prefix_goes_on(sd3: Generator, stitched: StitchedValue) -> None:
-    shared = sampler()(sd3, PROMPTS, stitched, seeds=5)
-    apart = sampler(share_prefix=False)(sd3, PROMPTS, stitched, seeds=5)
-    pieces = sampler(micro_batch=4)(sd3, PROMPTS, stitched, seeds=5)
-    assert min(float(r.info["distinct_ancestors"].min()) for r in shared.records if r.info) < 1
-    assert torch.allclose(shared.particles, apart.particles, atol=1e-4)
-    assert torch.allclose(shared.particles, pieces.particles, atol=1e-4)
-    # scored at steps 1, 2 (M = 2), 3 and 5: the velocities of the next steps go on from there
-    assert shared.calls == {
-        "velocity": 36,
-        "continued": 24,
-        "value": 2 * 12 + 2 * 6 + 6,
-    }
-    assert apart.calls["continued"] == 0
-    assert pieces.calls == shared.calls
-
-
-def test_a_smaller_backbones_value_steers(
-    sd3: Generator, stitched: StitchedValue, tiny_clip: Path, tmp_path: Path
-) -> None:
-    from tests.tiny import sd3_folder
-
-    sizes = {"num_layers": 4, "num_attention_heads": 1, "caption_projection_dim": 16}
-    small = sd3_folder(tmp_path / "small", seed=5, dual_attention_layers=(0,), **sizes)
-    folder = value_folder(small, tiny_clip, tmp_path / "value")
-    value = StitchedValue.from_pretrained(folder, generator=sd3)
-    assert value.value_model.backbone.width(2) == 16 != stitched.value_model.backbone.width(2)
-    samples = sampler()(sd3, PROMPTS, value, seeds=5)
-    plain = sampler(lam=0.0)(sd3, PROMPTS, value, seeds=5)
-    assert samples.calls["continued"] == 0 and samples.latents.isfinite().all()
-    assert samples.final_values.mean() > plain.final_values.mean()
-    again = sampler(share_prefix=False)(sd3, PROMPTS, value, seeds=5)
-    assert torch.equal(samples.latents, again.latents)
-
-
-def test_a_value_of_another_latent_space_is_an_error(
-    sd3: Generator, tiny_clip: Path, tmp_path: Path
-) -> None:
-    from tests.tiny import sd3_folder
-
-    other = sd3_folder(tmp_path / "other", in_channels=8, out_channels=8)
-    folder = value_folder(other, tiny_clip, tmp_path / "value")
-    with pytest.raises(ValueError, match=r"reads latents of 8 channels .* has 4"):
-        StitchedValue.from_pretrained(folder, generator=sd3)
-    same_size = sd3_folder(tmp_path / "same size", seed=3)
-    config = same_size / "vae" / "config.json"
-    config.write_text(
-        config.read_text().replace('"scaling_factor": 1.5', '"scaling_factor": 0.3611')
-    )
-    elsewhere = value_folder(same_size, tiny_clip, tmp_path / "elsewhere")
-    with pytest.raises(
-        ValueError, match=r"shift \(0.3611, 0.1\).* have \(1.5, 0.1\): another VAE"
-    ):
-        StitchedValue.from_pretrained(elsewhere, generator=sd3)
-    value = StitchedValue.from_pretrained(folder)  # nobody compared, until it meets latents
-    with pytest.raises(ValueError, match="latents"):
-        sampler()(sd3, PROMPTS, value)
-
-
-@pytest.mark.parametrize("velocity", ["cfg", "null"])
-def test_a_tweedie_values_velocity_is_the_next_steps(
-    sd3: Generator, tiny_clip: Path, velocity: str
-) -> None:
-    reward = CLIPReward(model=f"local-dir:{tiny_clip}")
-    value = TweedieValue(sd3, reward, velocity=velocity)
-    terminal = TerminalValue(sd3.vae, reward)
-    rows: list[int] = []
-    hook = sd3.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
-    )
-    settings = {"lam": 3.0, "num_steps": 6, "resample_every": 1, "resample_from": 1}
-    try:
-        counts, samples = {}, {}
-        for share in (True, False):
-            rows.clear()
-            steered = FKSteering(3, resample_to=5, share_prefix=share, **settings)
-            samples[share] = steered(sd3, PROMPTS, value, seeds=5, final_value=terminal)
-            counts[share] = sum(rows)
-        rows.clear()
-        parent = FKSteering(3, resample_to=5, score="parent", **settings)
-        parent(sd3, PROMPTS, terminal, seeds=5)
-    finally:
-        hook.remove()
-    plain = 6 * 6 * 2  # steps × rows × branches
-    assert (
-        counts[True] == plain == sum(rows)
-    )  # fresh, and as cheap as the stale score of the parents
-    assert counts[False] == plain + 5 * 6 * (2 if velocity == "cfg" else 1)
-    drawn = [r.info["distinct_ancestors"].min() for r in samples[True].records if r.info]
-    assert len(drawn) == 5 and min(drawn) < 1
-    assert torch.allclose(samples[True].particles, samples[False].particles, atol=1e-4)
