@@ -213,7 +213,11 @@ class Field:
             else:
                 v = bound(z, levels, states) if states else bound(z, levels)
         except NotFiniteError as error:
-            raise NotFiniteError(f"step {self.step + 1}, σ = {float(t):.4g}: {error}") from error
+            asked = list(dict.fromkeys(self.prompts[place] for place in row.tolist()))
+            raise NotFiniteError(
+                f"step {self.step + 1}, σ = {float(t):.4g}, {self._name} of the prompts {asked[:4]}"
+                f"{' …' if len(asked) > 4 else ''}: {error}"
+            ) from error
         self.check(v[:, None], "value", t, row)
         return v, shared
 

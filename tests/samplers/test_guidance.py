@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stitchvm.generator import Generator
-from stitchvm.rewards.base import Reward
+from stitchvm.rewards.base import NotFiniteError, Reward
 from stitchvm.samplers.base import Run, Sampler, Samples
 from stitchvm.samplers.guidance import MODES, GuidedSampler, exact_coefficient, rms, unit
 from stitchvm.samplers.plain import PlainSampler
@@ -316,6 +317,16 @@ def test_zero_gradients_and_zero_rewards_move_nothing() -> None:
     for mode in ("unit_norm", "abs_reward"):
         samples = GuidedSampler(1.0, mode, num_steps=4)(generator, ["0"], Scaled(0.0))
         assert torch.equal(samples.latents, plain)
+
+
+def test_a_reward_that_is_not_finite_is_named(sd3: Generator, clip: Reward) -> None:
+    broken = copy.deepcopy(clip)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    value = TweedieValue(sd3, broken, velocity="cfg")
+    message = r"step 1, σ = 1, TweedieValue of .* of the prompts \['a red circle'.*not finite"
+    with pytest.raises(NotFiniteError, match=message):
+        GuidedSampler(num_steps=2)(sd3, PROMPTS, value)
 
 
 def test_errors_say_what_is_wrong(sd3: Generator) -> None:
