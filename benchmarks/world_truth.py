@@ -1,18 +1,22 @@
-"""What a value's error against the truth is made of: estimators against three truths on the embedded world.
+"""What a value's error against the truth is made of: estimators against several truths on the embedded world.
 
-    python benchmarks/world_truth.py --images 128
+    python benchmarks/world_truth.py
 
-| images                         | truth E[r(z_0) | z_t]                                                       |
-|--------------------------------|-----------------------------------------------------------------------------|
-| drawn by the grammar           | "posterior": Metropolis chains over scenes, the law of the data itself      |
-| drawn by the grammar           | "rollouts": roll-outs of the generator, what `stitchvm test` calls truth    |
-| made by the generator ("null") | "rollouts": no mismatch between images and generator                        |
+| truth       | what it is                                                                                          |
+|-------------|-----------------------------------------------------------------------------------------------------|
+| "draw"      | r of the very image that was noised: one exact draw of r | z_t under the law of the images           |
+| "posterior" | E[r | z_t] under the grammar, importance sampling from scenes (only where enough of them count)      |
+| "rollouts"  | the mean over roll-outs of the generator: what `stitchvm test` calls truth                           |
 
-A stitched value is distilled on drawn scenes: the first row is what its loss aims at. Tweedie and Monte Carlo use the
-generator: the third row is theirs. For each: R², R² after the best affine map, bias, the truth's own noise. Rewards
-with text score every image for its own caption and for another image's. Beside it the aesthetic SRCC with the true
-score, of the estimators and of both truths: the posterior's is what distilling this reward aims at, the ceiling.
-Writes results/world/truth.json.
+| images      | drawn by the grammar, or made by the generator from pure noise under null text                       |
+
+For any estimator V, E(V − draw)² = E(V − E[r | z_t])² + E Var[r | z_t], and the last term is the same for all of them:
+the draw ranks estimators by their error against the exact truth, without one roll-out, and cannot favour a generator.
+A stitched value is distilled on drawn images; Tweedie and Monte Carlo know the generator's law only.
+
+For each: R², R² after the best affine map of the estimate, bias, the truth's own noise. Rewards with text score every
+image for its own caption and for another's. Beside it SRCC of the aesthetic estimates, and of the Monte Carlo truths
+themselves, with the true score. Writes results/world/truth.json.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from stitchvm.metrics.truth import TruthError
 from stitchvm.path import FlowPath
 from stitchvm.results import write_results
 from stitchvm.rewards.aesthetic import AestheticReward
+from stitchvm.rewards.average import score_of_average
 from stitchvm.rewards.base import Reward
 from stitchvm.rewards.clip import CLIPReward
 from stitchvm.rewards.hpsv2 import HPSv2Reward
@@ -43,7 +48,6 @@ from stitchvm.values.monte_carlo import MonteCarloValue
 from stitchvm.values.stitched import StitchedValue
 from stitchvm.values.tweedie import TweedieValue
 from stitchvm.world.checker import read
-from stitchvm.world.posterior import annealing, posterior_scenes
 from stitchvm.world.render import render
 from stitchvm.world.scenes import Scene, sample_scenes
 from stitchvm.world.scores import aesthetic_score
@@ -54,6 +58,8 @@ REWARDS = {
     "hps": lambda: HPSv2Reward("world:hps"),
 }
 ROWS = 256  # latents at a time
+ENOUGH = 50  # effective draws of the prior, below which importance sampling says nothing
+Embeddings = dict[str, Tensor]
 
 
 def pixels_of(scenes: list[Scene]) -> Tensor:
@@ -61,14 +67,13 @@ def pixels_of(scenes: list[Scene]) -> Tensor:
     return torch.from_numpy((np.rint(np.asarray(render(scenes)) * 255) / 255).astype(np.float32))
 
 
-def in_parts(function: Any, *columns: Any) -> Tensor:
+def in_parts(function: Any, rows: Tensor) -> Tensor:
     """Returns a function of rows, computed in parts."""
-    n = len(columns[0])
-    return torch.cat([function(*(c[k : k + ROWS] for c in columns)) for k in range(0, n, ROWS)])
+    return torch.cat([function(part) for part in rows.split(ROWS)])
 
 
 class Study:
-    """The networks, and for each reward the texts that images are scored for."""
+    """The networks, and draws of the prior for importance sampling."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -84,137 +89,122 @@ class Study:
                     model = StitchedValueModel.from_pretrained(path, reward=reward)
                     values[kind] = StitchedValue(model)
             self.estimators[name] = values | {"tweedie": TweedieValue(self.generator, reward)}
-        self.monte_carlo = MonteCarloValue(
-            self.generator, next(iter(self.rewards.values())), steps=args.rollout_steps
-        )
-        self.clean: dict[str, Tensor] = {}
+        first = next(iter(self.rewards.values()))
+        self.roll = MonteCarloValue(self.generator, first, steps=args.rollout_steps)
+        self.whole = MonteCarloValue(self.generator, first, steps=40)
         self.random = torch.Generator().manual_seed(args.seed)
-        self.rng = np.random.default_rng([args.seed, 77])
+        prior = pixels_of(sample_scenes("train", args.prior, [args.seed, 78]))
+        self.prior_z = in_parts(self.vae.encode, prior)
+        self.prior_e = self.embed(prior, 1)
 
-    def rollouts(self, z_t: Tensor, t: float) -> dict[str, Tensor]:
-        """Returns unit embeddings (n, B, E) of roll-outs from each latent, per reward."""
+    def embed(self, pixels: Tensor, n: int) -> Embeddings:
+        """Returns unit embeddings (n, B, E) of pixels (n B, 3, H, W), per reward."""
+
+        def unit(reward: Reward) -> Tensor:
+            e = in_parts(lambda x: normalize(reward.embed(x).image.float(), dim=-1), pixels)
+            return e.unflatten(0, (n, len(pixels) // n))
+
+        return {name: unit(reward) for name, reward in self.rewards.items()}
+
+    def rollouts(self, z_t: Tensor, t: float) -> Embeddings:
+        """Returns unit embeddings (n, B, E) of roll-outs from each latent."""
 
         def decoded(z: Tensor) -> Tensor:
             levels = torch.full((len(z),), t)
-            z_0 = self.monte_carlo.rollout(z, levels, self.generator.null, self.random)
-            return self.vae.decode(z_0)
+            return self.vae.decode(self.roll.rollout(z, levels, self.generator.null, self.random))
 
         n = self.args.rollouts
-        pixels = in_parts(decoded, z_t.repeat(n, 1, 1, 1))
-        return {name: self.embed(r, pixels, n) for name, r in self.rewards.items()}
-
-    def posterior(self, scenes: list[Scene], z_t: Tensor, t: float) -> dict[str, Tensor]:
-        """Returns unit embeddings (2 m, B, E) of the states of two chains per image, one after the other.
-
-        The first starts at the image's own scene, an exact draw; the second at another scene, annealed. Their
-        difference is the truth's noise, slow mixing included.
-        """
-        B, steps = len(scenes), self.args.chain_steps
-        betas = np.ones((2 * steps, 2 * B))
-        betas[:steps, B:] = annealing(steps, B)
-        walk = posterior_scenes(
-            [*scenes, *scenes[1:], scenes[0]],
-            z_t.repeat(2, 1, 1, 1),
-            t,
-            self.vae.encode,
-            steps=2 * steps,
-            thin=self.args.thin,
-            betas=betas,
-            rng=self.rng,
-        )
-        kept = [pixels_of(states) for states in walk]
-        kept = kept[len(kept) // 2 :]
-        stacked = torch.stack(kept).unflatten(1, (2, B)).transpose(0, 1).flatten(0, 2)
-        return {name: self.embed(r, stacked, 2 * len(kept)) for name, r in self.rewards.items()}
-
-    def embed(self, reward: Reward, pixels: Tensor, n: int) -> Tensor:
-        """Returns unit embeddings (n, B, E) of pixels (n B, 3, H, W)."""
-        e = in_parts(lambda x: normalize(reward.embed(x).image.float(), dim=-1), pixels)
-        return e.unflatten(0, (n, len(pixels) // n))
+        return self.embed(in_parts(decoded, z_t.repeat(n, 1, 1, 1)), n)
 
     def generated(self, n: int) -> Tensor:
-        """Returns latents z_0 that the generator makes under null text: exact roll-outs from pure noise."""
-        whole = MonteCarloValue(self.generator, self.monte_carlo.reward, steps=40)
+        """Returns latents z_0 that the generator makes of pure noise under null text."""
 
         def run(z: Tensor) -> Tensor:
-            return whole.rollout(z, torch.ones(len(z)), self.generator.null, self.random)
+            return self.whole.rollout(z, torch.ones(len(z)), self.generator.null, self.random)
 
         return in_parts(run, torch.randn(n, 4, 16, 16, generator=self.random))
 
+    def posterior(self, z_t: Tensor, t: float) -> tuple[Embeddings, float]:
+        """Returns mean embeddings (2, B, E) of either half of the prior's draws, and the median effective number."""
+        x, y = z_t.double().flatten(1), (1 - t) * self.prior_z.double().flatten(1)
+        energy = torch.cdist(x, y).square() / (2 * t**2)  # (B, M)
+        w = torch.softmax(-energy, 1)
+        effective = float((1 / w.square().sum(1)).median())
+        halves = [torch.softmax(-part, 1).float() for part in energy.chunk(2, dim=1)]
+
+        def means(e: Tensor) -> Tensor:
+            parts = e[0].chunk(2)
+            return torch.stack([weight @ part for weight, part in zip(halves, parts, strict=True)])
+
+        return {name: means(e) for name, e in self.prior_e.items()}, effective
+
 
 def scores(reward: Reward, e: Tensor, text: Tensor | None) -> Tensor:
-    """Returns scores (n, B) of unit embeddings (n, B, E) for texts (B, E)."""
-    lines = None if text is None else text.repeat(len(e), 1)
-    return reward.score(e.flatten(0, 1), lines).float().unflatten(0, e.shape[:2])
+    """Returns scores (n, B) of embeddings or their averages (n, B, E) for texts (B, E)."""
+    return torch.stack([score_of_average(reward, one, text).float() for one in e])
 
 
 def compare(
     study: Study,
-    truths: dict[str, dict[str, Tensor]],
+    truths: dict[str, Embeddings],
     z_t: Tensor,
-    t: float,
     captions: list[str],
     about: dict[str, Any],
     true_scores: Tensor | None,
 ) -> list[dict[str, Any]]:
     """Returns the records of all estimators against all truths at one level."""
-    records = []
-    index = torch.arange(len(z_t))
+    records: list[dict[str, Any]] = []
+
+    def add(metric: str, estimator: str, estimate: Any, **more: Any) -> None:
+        record = {"metric": metric, "estimator": estimator, **about, **more}
+        numbers = {"value": float(estimate.value), "stderr": float(estimate.stderr)}
+        records.append(record | numbers | {"n": int(estimate.n)})
+
     for name, reward in study.rewards.items():
-        found = {
-            kind: in_parts(
-                lambda z, value=value: value.embed(z, torch.full((len(z),), t)).float(), z_t
-            )
-            for kind, value in study.estimators[name].items()
-        }
-        found = {kind: normalize(e, dim=-1) for kind, e in found.items()}
+        found = {}
+        for kind, value in study.estimators[name].items():
+
+            def unit(z: Tensor, value: Value = value) -> Tensor:
+                return normalize(value.embed(z, torch.full((len(z),), about["sigma"])), dim=-1)
+
+            found[kind] = in_parts(unit, z_t)
         texts: dict[str, Tensor | None] = {"none": None}
         if reward.uses_text:
             own = reward.encode_text(captions)
             texts = {"own": own, "other": own.roll(1, 0)}
         for which, text in texts.items():
-            means = {k: scores(reward, e[name], text) for k, e in truths.items()}
             values = {k: scores(reward, e[None], text)[0] for k, e in found.items()}
-            if "posterior" in means and "rollouts" in means:
-                values["monte_carlo"] = means["rollouts"].mean(0)
-            shared = {"reward": name, "text": which, "sigma": t, **about}
-            for truth, each in means.items():
-                half_a, half_b = (half.mean(0) for half in each.chunk(2))
+            for truth, e in truths.items():
+                count = e[name].shape[1]  # of the images, the first ones
+                lines = None if text is None else text[:count]
+                each = scores(reward, e[name], lines)
+                half_a, half_b = (
+                    (h.mean(0) for h in each.chunk(2)) if len(each) > 1 else (each[0], each[0])
+                )
+                if truth == "rollouts":
+                    values["monte_carlo"] = each.mean(0)
+                if true_scores is not None and not reward.uses_text:
+                    correlation = SpearmanCorrelation()
+                    correlation.update(each.mean(0), true_scores[:count], torch.arange(count))
+                    add("aesthetic/srcc", f"truth: {truth}", correlation.compute()["srcc"])
                 for kind, value in values.items():
                     if kind == "monte_carlo" and truth == "rollouts":
                         continue
+                    common = min(count, len(value))
                     metric = TruthError()
-                    metric.update(value, half_a, half_b, index)
-                    records += [
-                        {
-                            "metric": f"truth/{what}",
-                            "truth": truth,
-                            "estimator": kind,
-                            **shared,
-                            "value": float(estimate.value),
-                            "stderr": float(estimate.stderr),
-                            "n": len(index),
-                        }
-                        for what, estimate in metric.compute().items()
-                    ]
-            if name == "aesthetic" and true_scores is not None:
-                ranked = {k: v for k, v in values.items() if k != "monte_carlo"}
-                ranked |= {f"truth: {k}": each.mean(0) for k, each in means.items()}
-                ranked["clean"] = scores(reward, study.clean[name][None], text)[0]
-                for kind, value in ranked.items():
-                    correlation = SpearmanCorrelation()
-                    correlation.update(value, true_scores, index)
-                    estimate = correlation.compute()["srcc"]
-                    records.append(
-                        {
-                            "metric": "aesthetic/srcc",
-                            "estimator": kind,
-                            **shared,
-                            "value": float(estimate.value),
-                            "stderr": float(estimate.stderr),
-                            "n": len(index),
-                        }
-                    )
+                    rows = torch.arange(common)
+                    metric.update(value[:common], half_a[:common], half_b[:common], rows)
+                    for what, estimate in metric.compute().items():
+                        add(f"truth/{what}", kind, estimate, reward=name, text=which, truth=truth)
+            if true_scores is not None and not reward.uses_text:
+                subsets = {len(true_scores), study.args.rollout_images}
+                for kind, value in values.items():
+                    for count in subsets:
+                        if count <= len(value):
+                            correlation = SpearmanCorrelation()
+                            rows = torch.arange(count)
+                            correlation.update(value[:count], true_scores[:count], rows)
+                            add("aesthetic/srcc", kind, correlation.compute()["srcc"])
     return records
 
 
@@ -223,14 +213,12 @@ def main() -> None:
     """Measures all truths at all levels, writes after each level."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS))
-    parser.add_argument("--sigmas", nargs="+", type=float, default=[0.5, 0.75, 0.9])
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--sigmas", nargs="+", type=float, default=[0.25, 0.5, 0.75, 0.9])
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--prior", type=int, default=8000, help="scenes of importance sampling")
+    parser.add_argument("--rollout-images", type=int, default=96, help="the first of the images")
     parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--rollout-steps", type=int, default=10)
-    parser.add_argument(
-        "--chain-steps", type=int, default=400, help="to anneal, and as many to keep"
-    )
-    parser.add_argument("--thin", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stitched", default="world:value_{reward}")
     parser.add_argument(
@@ -239,43 +227,47 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/world/truth.json"))
     args = parser.parse_args()
     study = Study(args)
-
     drawn = sample_scenes("train", args.images, [args.seed, 76])
-    study.clean = {n: study.embed(r, pixels_of(drawn), 1)[0] for n, r in study.rewards.items()}
     true_scores = torch.tensor([float(aesthetic_score(s)) for s in drawn])
-    z_drawn = in_parts(study.vae.encode, pixels_of(drawn))
     z_null = study.generated(args.images)
-    seen = [read(x)[0] for x in study.vae.decode(z_null, clamp=True).numpy()]
-    print(f"the checker reads {sum(s is not None for s in seen)} of {len(seen)} null-text samples")
+    made = in_parts(lambda z: study.vae.decode(z, clamp=True), z_null)
+    seen = [read(x)[0] for x in made.numpy()]
+    readable = sum(s is not None for s in seen)
+    print(f"the checker finds a scene in {readable} of {len(seen)} null-text samples")
     # an image that cannot be read is scored for a drawn scene's caption
     null_captions = [(s or d).caption for s, d in zip(seen, drawn, strict=True)]
+    pictures = {"drawn": pixels_of(drawn), "null": made}
+    latents = {"drawn": in_parts(study.vae.encode, pictures["drawn"]), "null": z_null}
+    captions = {"drawn": [s.caption for s in drawn], "null": null_captions}
+    clean = {source: study.embed(x, 1) for source, x in pictures.items()}
 
     records: list[dict[str, Any]] = []
     for t in args.sigmas:
         start = time.perf_counter()
-        for source, z_0, captions in (
-            ("drawn", z_drawn, [s.caption for s in drawn]),
-            ("null", z_null, null_captions),
-        ):
+        for source, z_0 in latents.items():
+            about: dict[str, Any] = {"images": source, "sigma": t}
             eps = torch.randn(z_0.shape, generator=study.random)
             z_t = FlowPath.interpolate(z_0, eps, torch.full((len(z_0),), t))
-            truths = {"rollouts": study.rollouts(z_t, t)}
+            truths = {"rollouts": study.rollouts(z_t[: args.rollout_images], t)}
+            truths["draw"] = clean[source]
             if source == "drawn":
-                truths["posterior"] = study.posterior(drawn, z_t, t)
+                posterior, effective = study.posterior(z_t, t)
+                print(f"sigma = {t}: {effective:.1f} effective draws of the prior")
+                about["effective_draws"] = effective
+                if effective >= ENOUGH:
+                    truths["posterior"] = posterior
             known = true_scores if source == "drawn" else None
-            about = {"images": source}
-            records += compare(study, truths, z_t, t, captions, about, known)
+            records += compare(study, truths, z_t, captions[source], about, known)
         write_results(
             args.output,
             records,
             command=" ".join(["python benchmarks/world_truth.py", *sys.argv[1:]]),
             overwrite=True,
         )
-        here = [r for r in records if r["sigma"] == t]
-        keep = ("truth/r2", "truth/r2_calibrated", "truth/bias", "aesthetic/srcc")
         print(f"sigma = {t}: {time.perf_counter() - start:.0f} s")
-        for r in here:
-            if r["metric"] in keep:
+        keep = ("truth/r2", "truth/r2_calibrated", "truth/bias", "aesthetic/srcc")
+        for r in records:
+            if r["sigma"] == t and r["metric"] in keep:
                 label = " ".join(str(r.get(k, "")) for k in ("images", "reward", "text", "truth"))
                 print(f"  {label:<32}{r['estimator']:<18}{r['metric']:<22}{r['value']:+.3f}")
 
