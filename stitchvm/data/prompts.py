@@ -10,12 +10,12 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from stitchvm.data.base import Sample
-from stitchvm.data.checks import evaluation_loader
+from stitchvm.data.checks import evaluation_loader, ranks
 from stitchvm.data.loader import Loader
 from stitchvm.data.module import DataModule
 from stitchvm.data.prompt_files import Entry, read_entries, read_prompts
 
-__all__ = ["PromptDataset", "PromptModule", "Prompts", "read_prompts"]
+__all__ = ["PromptDataset", "PromptModule", "Prompts", "check_given", "read_prompts"]
 
 
 class PromptDataset(Dataset[Sample]):
@@ -54,13 +54,42 @@ class PromptModule(DataModule):
     Arguments:
         batch_size: Prompts per batch and device.
         seed: Fixes the order of the training prompts.
+        prompts_per_update: Prompts per training batch on all devices together; `batch_size` on each by default.
     """
 
-    def __init__(self, batch_size: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 8, seed: int = 0, prompts_per_update: int | None = None
+    ) -> None:
         super().__init__(resolution=1, batch_size=batch_size, num_workers=0, seed=seed)
+        if prompts_per_update is not None and prompts_per_update < 1:
+            raise ValueError(
+                f"data.prompts_per_update = {prompts_per_update}: expected at least 1, or null for batch_size on each "
+                "device."
+            )
+        self.prompts_per_update = prompts_per_update
 
     def setup(self, stage: str | None = None) -> None:
+        """Lists the prompts, once.
+
+        Raises:
+            ValueError: If there are none, or an update's prompts cannot be divided among the devices.
+        """
+        if stage == "fit":
+            self._train_batch_size()
         super().setup("fit" if stage == "fit" else None)
+
+    def _train_batch_size(self) -> int:
+        if self.prompts_per_update is None:
+            return self.batch_size
+        devices = ranks(self.trainer)[1]
+        if self.prompts_per_update % devices:
+            near = [n for n in range(1, devices + 1) if self.prompts_per_update % n == 0]
+            raise ValueError(
+                f"data.prompts_per_update = {self.prompts_per_update} on {devices} devices: expected a multiple of the "
+                f"number of devices, so that each has as many. Take {near[-1]} devices, or "
+                f"{-(-self.prompts_per_update // devices) * devices} prompts."
+            )
+        return self.prompts_per_update // devices
 
     def test_dataloader(self) -> Loader:
         """Returns this device's part of the prompts, in order, unpadded."""
@@ -84,6 +113,7 @@ class Prompts(PromptModule):
             pairs), the first of each is kept; in `prompts` a repetition is an error.
         batch_size: Prompts per batch and device.
         seed: Fixes the order of the training prompts.
+        prompts_per_update: Prompts per training batch on all devices together; `batch_size` on each by default.
 
     Raises:
         ValueError: If not exactly one of `path` and `prompts` is given, or `prompts` has none, an empty one, or,
@@ -99,15 +129,16 @@ class Prompts(PromptModule):
         unique: bool = True,
         batch_size: int = 8,
         seed: int = 0,
+        prompts_per_update: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size, seed, prompts_per_update)
         if (path is None) == (prompts is None):
             raise ValueError(
                 f"got path = {path!r} and prompts = {prompts!r}: give exactly one of them, a file "
                 '(--data.path) or the prompts themselves (--data.prompts \'["a", "b"]\'); null takes back the other.'
             )
         if prompts is not None:
-            _check_given(prompts, unique)
+            check_given(prompts, unique)
         self.path = path
         self.prompts = prompts
         self.val_path = val_path
@@ -132,7 +163,8 @@ def dataset_of(entries: Sequence[Entry]) -> PromptDataset:
     return PromptDataset([entry.prompt for entry in entries], metadata or None)
 
 
-def _check_given(prompts: Sequence[str], unique: bool) -> None:
+def check_given(prompts: Sequence[str], unique: bool) -> None:
+    """Raises ValueError if given prompts are no list of texts, one is empty, or, with `unique`, one comes twice."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list, got one text: [{prompts!r}]")
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):

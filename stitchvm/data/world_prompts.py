@@ -6,8 +6,8 @@ fewer, no two ask for the same picture, and `stitchvm.world.checker.check(image,
 
 from __future__ import annotations
 
-from stitchvm.data.prompts import PromptDataset, PromptModule
-from stitchvm.world.scenes import keys, sample_scenes
+from stitchvm.data.prompts import PromptDataset, PromptModule, check_given
+from stitchvm.world.scenes import keys, parse, sample_scenes
 
 
 class WorldPrompts(PromptModule):
@@ -20,14 +20,28 @@ class WorldPrompts(PromptModule):
         split: "test", or "tune" for choices made while developing.
         batch_size: Prompts per batch and device.
         seed: Fixes the captions, and the order of the training prompts.
+        prompts: Captions of your own, in place of those of the split.
+
+    Raises:
+        ValueError: If `prompts` is empty, has one twice, or one that the world's grammar does not have.
     """
 
     def __init__(
-        self, num_prompts: int = 200, split: str = "test", batch_size: int = 64, seed: int = 0
+        self,
+        num_prompts: int = 200,
+        split: str = "test",
+        batch_size: int = 64,
+        seed: int = 0,
+        prompts: list[str] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
         self.num_prompts = num_prompts
         self.split = split
+        self.prompts = prompts
+        if prompts is not None:
+            check_given(prompts, unique=True)
+            for prompt in prompts:
+                parse(prompt)
 
     def fit_data(self) -> tuple[PromptDataset, PromptDataset]:
         """Returns the captions of "train" and those of the split.
@@ -39,9 +53,8 @@ class WorldPrompts(PromptModule):
             raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}.")
         singles, pairs = keys("train")
         train = world_captions("train", len(singles) + len(pairs), self.seed)
-        return PromptDataset(train), PromptDataset(
-            world_captions(self.split, self.num_prompts, self.seed)
-        )
+        prompts = self.prompts or world_captions(self.split, self.num_prompts, self.seed)
+        return PromptDataset(train), PromptDataset(prompts)
 
 
 def world_captions(split: str, count: int, seed: int = 0) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stitchvm.rewards.base import Reward
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.parts import Parts, frozen
 
 __all__ = ["Judges"]
@@ -67,6 +68,8 @@ class Judges:
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> list[dict[str, Any]]:
         """Returns for every image {"rewards": {name: score}} and, from the checker, {"checker": {name: share}}.
 
+        A weighted reward's parts follow it, as "name.part", as they are (neither weighted nor normalised).
+
         Arguments:
             pixels: uint8 images with shape (B, 3, H, W), on the CPU.
             prompts: Their prompts.
@@ -98,6 +101,9 @@ class Judges:
                 text = reward.encode_text(distinct)[[distinct.index(p) for p in prompts]]
             embedded = reward.embed(images).image
             found = {name: reward.score(embedded, text).tolist()}
+            if isinstance(reward, WeightedReward):
+                parts = reward.part_scores(embedded, text)
+                found |= {f"{name}.{part}": score.tolist() for part, score in parts.items()}
         if self.device.type != "cpu" and name not in self._resident:
             module.to("cpu")
         return found

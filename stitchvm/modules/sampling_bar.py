@@ -26,7 +26,7 @@ class SamplingBar(TQDMProgressBar):
         """Returns a bar of samples."""
         return Tqdm(
             desc="sampling",
-            unit=" samples",
+            unit="sample",
             disable=self.is_disabled,
             leave=True,
             dynamic_ncols=True,
@@ -36,7 +36,8 @@ class SamplingBar(TQDMProgressBar):
         )
 
     def begin(self, total: int | None) -> None:
-        """Sets how many samples there will be; None if that is not known."""
+        """Shows the bar, and how many samples there will be; None if that is not known."""
+        self.predict_progress_bar = self.init_predict_tqdm()
         self.predict_progress_bar.reset(total)
 
     def step(self, step: int, steps: int) -> None:
@@ -54,6 +55,14 @@ class SamplingBar(TQDMProgressBar):
         self.text = ", ".join(means) + (", " if means else "")
         self.predict_progress_bar.update(1)
         self.predict_progress_bar.set_postfix_str(self.text.removesuffix(", "))
+
+    def on_predict_start(self, *_: Any) -> None:
+        """Does nothing: networks are loaded first, and print bars of their own."""
+
+    def on_exception(self, *_: Any) -> None:
+        """Ends the bar, so that what went wrong stands on a line of its own."""
+        if self._predict_progress_bar is not None:
+            self.predict_progress_bar.close()
 
     def on_predict_batch_start(self, *_: Any) -> None:
         """Does nothing: batches are not counted."""

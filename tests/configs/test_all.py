@@ -20,6 +20,11 @@ PAIRS = [
     for backbone in ("sd35m", "sd35l", "flux", "vae_sd35", "vae_flux")
     for reward in ("clip", "dfn_clip", "hpsv2", "aesthetic")
 ]
+SAMPLINGS = [
+    f"{method}_{model}"
+    for method in ("plain", "bon", "fks", "fks_stitched", "dps", "dps_stitched")
+    for model in ("world", "sd35m", "sd35l", "flux")
+]
 
 
 def parse(path: Path, *more: str, monkeypatch: pytest.MonkeyPatch) -> StitchCLI:
@@ -27,7 +32,8 @@ def parse(path: Path, *more: str, monkeypatch: pytest.MonkeyPatch) -> StitchCLI:
     monkeypatch.setattr(StitchCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(StitchCLI, "after_instantiate_classes", lambda self: None)
     monkeypatch.setattr(StitchCLI, "_run_subcommand", lambda self, name: None)
-    command = "test" if path.name.startswith("eval_") else "fit"
+    command = "predict" if path.stem in SAMPLINGS else "fit"
+    command = "test" if path.name.startswith("eval_") else command
     return StitchCLI(args=[command, "--config", str(path), *more], command=command)
 
 
@@ -54,6 +60,36 @@ def test_papers_hyperparameters(name, monkeypatch):
     assert data.batch_size * trainer.accumulate_grad_batches * trainer.devices == 128
     assert trainer.max_epochs == (15 if "vae" in name else 5)
     assert model.objective == ("aesthetic" if name.endswith("aesthetic") else "representation")
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_papers_sampling_settings(name, monkeypatch):
+    """Appendix D.2: steps, guidance, LinearSDE, the window of resampling, N = 4, M = 2, the cross-backbone value."""
+    config = parse(CONFIGS / f"{name}.yaml", monkeypatch=monkeypatch).config.predict
+    model, (method, network) = config.model.init_args, name.rsplit("_", 1)
+    sampler, flux = model.sampler.init_args, network == "flux"
+    steps = 100 if method.startswith("dps") else 28 if flux else 40
+    assert sampler.num_steps == steps and sampler.guidance_scale is None
+    assert model.generator.init_args.guidance_scale == (3.5 if flux else 4.5)
+    assert sampler.nu == ("ode" if method in ("plain", "bon") else "linear_sde")
+    if method.startswith("fks"):
+        window = (sampler.resample_from, sampler.resample_to, sampler.resample_every)
+        assert window == ((6, 22, 4) if flux else (8, 32, 4))
+        assert (sampler.particles, sampler.proposals) == (4, 2 if "stitched" in method else 1)
+        assert sampler.proposal_share == 0.4
+    if method == "bon":
+        assert sampler.particles == 4
+    value = model.value and model.value.class_path.rsplit(".", 1)[1]
+    steered = {"fks": "TweedieFactory", "dps": "TweedieFactory"}
+    assert value == (steered | dict.fromkeys(("plain", "bon"))).get(method, "StitchedFactory")
+    if value == "StitchedFactory":
+        own = {"sd35l": "sd35m"}.get(network, network)  # Table 6: Medium's value on Large
+        world = network == "world"
+        path = "world:value_hps" if world else f"runs/distill_{own}_hpsv2/value_model"
+        assert model.value.init_args.path == path and model.value.init_args.share_generator
+    if network != "world":
+        assert (model.height, model.width) == (1024, 1024)
+        assert {"imagereward", "aesthetic", "hpsv2", "pickscore", "clip"} == set(model.rewards)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)

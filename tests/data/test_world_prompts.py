@@ -58,3 +58,16 @@ def test_errors() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             WorldPrompts(**arguments).setup("predict")
+
+
+def test_own_captions() -> None:
+    mine = [
+        "a red circle on a dark background",
+        "a blue cross left of a red circle on a grey background",
+    ]
+    data = WorldPrompts(prompts=mine, batch_size=1)
+    data.setup("predict")
+    assert [batch["prompt"] for batch in data.predict_dataloader()] == [[p] for p in mine]
+    for wrong, message in (([], "not empty"), (mine * 2, "2 times"), (["a dog"], "a dog")):
+        with pytest.raises(ValueError, match=message):
+            WorldPrompts(prompts=wrong)
