@@ -18,7 +18,8 @@ step, without its length |dt|, with s the strength:
 | "cfg_rms"    | as ∇V, with rms 0.2·s·g·rms(u(prompt) − u(∅))              | FreeDoM (2303.09833)                     |
 
 Norms and rms are over one latent: a sample's guidance does not depend on the batch. A gradient of exactly 0 and a
-value of exactly 0 (by which "abs_reward" would divide) move nothing.
+value of exactly 0 (by which "abs_reward" would divide) move nothing; "abs_reward" is for rewards that stay away from 0,
+near which its steps have no bound. Strengths of different modes and rewards have nothing in common (`stitchvm sweep`).
 """
 
 from __future__ import annotations
@@ -122,6 +123,23 @@ class GuidedSampler(Sampler):
             info["cfg_rms"] = gain * rms(direction)
             info["update_to_cfg"] = _divided(info["update_rms"], info["cfg_rms"])
         return Record(k + 1, t, run.grouped(v), info)
+
+    def update(
+        self, run: Run, k: int, v: Tensor, gradient: Tensor, direction: Tensor | None = None
+    ) -> Tensor:
+        """Returns what guidance adds to z_{k+1}, with the shape of the gradient.
+
+        Arguments:
+            run: The run, whose levels and guidance scale are read.
+            k: The step.
+            v: The values at its beginning, with shape (R,).
+            gradient: Their gradients, with shape (R, C, H, W).
+            direction: u(prompt) − u(∅) there, which "cfg_rms" measures by.
+        """
+        if self.mode != "exact":
+            return self._update(v, gradient, direction, run)
+        dt = float(run.sigmas[k] - run.sigmas[k + 1])
+        return -dt * self._drift(gradient, k, run.sigmas)
 
     def _drift(self, gradient: Tensor, k: int, sigmas: Tensor) -> Tensor:
         level = self.kernel.level(k, sigmas)
