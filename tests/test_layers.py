@@ -9,7 +9,6 @@ PACKAGE = Path(__file__).parent.parent / "stitchvm"
 LAYERS = [
     [
         "_version",
-        "__init__",
         "py.typed",
         "tables",
         "results",
@@ -27,6 +26,7 @@ LAYERS = [
     ["value_model", "generator", "adapters"],
     ["values"],
     ["search", "samplers", "objectives", "metrics"],
+    ["api", "diffusers_native", "__init__"],
     ["world"],
     ["data"],
     ["modules"],

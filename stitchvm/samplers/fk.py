@@ -140,7 +140,7 @@ class FKSteering(Sampler):
         info: dict[str, Tensor] = {}
         values, came_from = run.grouped(values), None
         if weighs:
-            values, came_from, info = self._resample(run, values)
+            values, came_from, info = self.resample(run, values)
         return Record(k + 1, float(sigma), values, info, came_from)
 
     def weigh(self, run: Run, final: Tensor | None) -> Tensor | None:
@@ -178,7 +178,7 @@ class FKSteering(Sampler):
         run.prefix = run.field.joined(states)
         return torch.cat(best_values)
 
-    def _resample(self, run: Run, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def resample(self, run: Run, values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Weights particles by their values (P, N) and resamples them; returns new values, ancestors, numbers."""
         weights: Weights = run.memory["weights"]
         lam = weights.multiply(values)
