@@ -260,7 +260,8 @@ class Generator(nn.Module):
             cond: The conditions of B prompts (or of one, for all).
             guidance_scale: g; the generator's own by default.
             prefix: The state of the null-text branch at (z_t, t) after some block (`null_branch().prefix`): the
-                branch goes on from there. It rounds otherwise than both branches in one batch (a few 1e-6).
+                branch goes on from there. It rounds otherwise than both branches in one batch (a few 1e-6). For a
+                transformer without LoRA adapters: those of SD3 would be switched off.
 
         Raises:
             ValueError: If latents, noise levels and conditions do not fit together or the model, or a prefix
@@ -307,7 +308,10 @@ class Generator(nn.Module):
 
     def _borrow(self, null: Condition, **settings: Any) -> NetworkBackbone:
         cls = SD3Backbone if self.family == "sd3" else FluxBackbone
-        return cls.from_transformer(self.transformer, null, id=self.id, **settings)
+        again = bool(getattr(self.transformer, "gradient_checkpointing", False))
+        return cls.from_transformer(
+            self.transformer, null, id=self.id, gradient_checkpointing=again, **settings
+        )
 
     def _sd3(
         self, z_t: Tensor, t: Tensor, cond: Condition, scale: float, prefix: PrefixState | None
@@ -317,15 +321,14 @@ class Generator(nn.Module):
             self._no_branch(prefix)
             return call_sd3(self.transformer, z_t, t, cond), None
         if prefix is not None:
-            u_null, u_prompt = (
-                self.null_branch().suffix(prefix),
-                call_sd3(self.transformer, z_t, t, cond),
-            )
+            branch = self.null_branch()
+            assert isinstance(branch, SD3Backbone)
+            both = branch.both_branches(prefix, z_t, t, cond)
         else:
             null = self.null.to(self.device, self.dtype).repeat(len(z_t))
             twice = (torch.cat([z_t, z_t]), torch.cat([t, t]), Condition.cat([null, cond]))
             both = call_sd3(self.transformer, *twice)
-            u_null, u_prompt = both.chunk(2)
+        u_null, u_prompt = both.chunk(2)
         return u_null + scale * (u_prompt - u_null), u_prompt - u_null
 
     def _flux(

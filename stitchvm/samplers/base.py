@@ -265,7 +265,8 @@ class Sampler(ABC):
             generator, prompts, self.guidance_scale, bound, self.micro_batch, self.share_prefix
         )
         noise = Noise(seeds, self.particles, (generator.latent_channels, *size), device)
-        row = torch.arange(len(prompts), device=device).repeat_interleave(self.particles)
+        # on the CPU: looking a row's prompt up would wait for the device at every step
+        row = torch.arange(len(prompts)).repeat_interleave(self.particles)
         sigmas = self.sigmas(generator, size)
         run = Run(field_, sigmas, noise, row, noise.draw()[:, 0] * sigmas[0])
         self.begin(run)

@@ -240,22 +240,31 @@ def test_sharing_changes_the_work_and_not_the_samples(
         value: Value = StitchedValue.from_pretrained(value_folder, generator=sd3)
     else:
         value = TweedieValue(sd3, clip, velocity=estimator)
-    rows: list[int] = []
-    hook = sd3.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
-    )
+    first, last = sd3.transformer.transformer_blocks[0], sd3.transformer.transformer_blocks[-1]
+    rows = {first: 0, last: 0}
+
+    def count(block: Any, args: Any, kwargs: Any) -> None:
+        rows[block] += len(kwargs["hidden_states"])
+
+    hooks = [block.register_forward_pre_hook(count, with_kwargs=True) for block in rows]
     answers, work = [], []
     for share in (True, False):
         sampler = GuidedSampler(0.5, num_steps=3, share_prefix=share)
         answers.append(sampler(sd3, PROMPTS, value))
-        work.append(sum(rows))
-        rows.clear()
-    hook.remove()
+        work.append((rows[first], rows[last]))
+        rows.update({first: 0, last: 0})
+    for hook in hooks:
+        hook.remove()
     assert torch.allclose(answers[0].latents, answers[1].latents, atol=1e-4)
     assert answers[0].calls["continued"] == 6 and answers[1].calls["continued"] == 0
-    # whole networks under one prompt each, for 3 steps of 2 samples
-    wanted = {"stitched": (6, 12), "null": (12, 18), "prompt": (12, 18), "cfg": (12, 24)}
-    assert tuple(work) == wanted[estimator]
+    # rows through the first and the last block, for 3 steps of 2 samples
+    wanted = {
+        "stitched": [(12, 12), (18, 12)],
+        "null": [(12, 12), (18, 18)],
+        "prompt": [(12, 12), (18, 18)],
+        "cfg": [(12, 12), (24, 24)],
+    }
+    assert work == wanted[estimator]
     if estimator == "cfg":  # the very calls that the sampler makes itself
         assert torch.equal(answers[0].latents, answers[1].latents)
 
