@@ -81,7 +81,7 @@ class DataModule(LightningDataModule):
         stream = self._stream()
         return Loader(
             self.train_data,
-            EpochSampler(self._num_train(), self.batch_size, self.seed, *ranks(trainer)),
+            EpochSampler(self._num_train(), self._train_batch_size(), self.seed, *ranks(trainer)),
             num_workers=self.num_workers,
             bad=self.bad,
             start=None if trainer is None else partial(stream.start, trainer),
@@ -151,12 +151,16 @@ class DataModule(LightningDataModule):
         if hasattr(self, "train_data"):  # a test or predict run has none
             self._stream().load_state_dict(state_dict)
 
+    def _train_batch_size(self) -> int:
+        """Returns the training samples per batch and device."""
+        return self.batch_size
+
     def _num_train(self) -> int:
         return len(self.train_data)  # type: ignore[arg-type]
 
     def _stream(self) -> Stream:
         """Returns the position in the training data, in batches of the present number of devices."""
-        size = self.batch_size * ranks(self.trainer)[1]
+        size = self._train_batch_size() * ranks(self.trainer)[1]
         if self._position is None:
             self._position = Stream(self.seed, self._num_train(), size)
         self._position.global_batch = size

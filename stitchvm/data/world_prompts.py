@@ -21,6 +21,7 @@ class WorldPrompts(PromptModule):
         batch_size: Prompts per batch and device.
         seed: Fixes the captions, and the order of the training prompts.
         prompts: Captions of your own, in place of those of the split.
+        prompts_per_update: Prompts per training batch on all devices together; `batch_size` on each by default.
 
     Raises:
         ValueError: If `prompts` is empty, has one twice, or one that the world's grammar does not have.
@@ -33,8 +34,9 @@ class WorldPrompts(PromptModule):
         batch_size: int = 64,
         seed: int = 0,
         prompts: list[str] | None = None,
+        prompts_per_update: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size, seed, prompts_per_update)
         self.num_prompts = num_prompts
         self.split = split
         self.prompts = prompts

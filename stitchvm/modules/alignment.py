@@ -1,0 +1,397 @@
+"""What fine-tuning by DRaFT, DiffusionNFT and Flow-GRPO share: everything but the loss.
+
+One `training_step` is one update, one optimiser step. Its batch is this device's share of the update's prompts, each
+prompt gives K images on the same device:
+
+    roll out → value → losses in micro-batches, gradients summed up locally → ONE average over ranks → clip → step
+
+The global number of prompts per update is a setting of the data; the number of devices must divide it. Random numbers
+are keyed by prompt and image (`Rows`), so that one GPU does what sixteen do, up to rounding.
+
+**A method is a subclass with these hooks**, of which only `micro_steps` must be there:
+
+    copies                     the copies of the policy that it needs, such as ("old", "ema")
+    check()                    raises ValueError if settings do not go together; before anything is loaded
+    check_parts()              the same, when the networks are there
+    rollout(rows)              what all images of this device are needed for at once (advantages); may gather from ranks
+    micro_steps(rows, rolled)  yields scalar losses, which sum up to the mean loss of this device's images
+    after_step(step)           after the optimiser step and the EMA; `step` steps have been made, skipped ones not
+    method_state()             plain data and tensors for the checkpoint, and
+    load_method_state(state)   their way back
+
+`micro_steps` is a generator: each loss it yields is sent backwards before it goes on, so that one graph is in memory at
+a time. Every rank must yield equally often. It may use
+
+    self.conditions(rows)      the prompts' conditions
+    self.noise(rows)           z_1, where roll-outs begin
+    self.velocity(z, t, cond)  the velocity of whatever policy is active: `with self.policy.use("old"):`, `.off():`
+    self.walk(z, cond, first, last)   Euler steps on `self.sigmas` (the roll-out's levels), with or without gradients
+    self.score(rows, z, tau)   the values of latents, with shape (B,), differentiable, logged; all NaN if a reward was
+                               not finite (never an exception on one rank alone)
+    self.stage("value")        a context whose seconds are logged; so are those of "rollout" and "update"
+    self.note(name, x)         logs the mean of x over the images of the update
+    ranks.gather(x)            the rows of all ranks
+
+**Several optimiser steps per roll-out**, as references have: let `old` sample, and move it to the policy every m-th
+update only; then each update trains on fresh samples of a policy that is up to m − 1 steps behind.
+
+**Not finite.** If the loss or a gradient of any rank is not finite, all ranks skip the update: no step, no EMA, no
+schedule; it is counted, the data go on. `max_skipped` in a row end the run.
+
+Frozen weights have their own dtype and stand outside of the module tree; the trained ones are float32, and all that a
+strategy sees. Under FSDP2 the transformer's blocks are sharded, adapters are whole on every rank (see
+`modules/sharding.py`). Checkpoints hold the policy and its copies under "policy", by name.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from stitchvm.adapters.lora import PolicyAdapters
+from stitchvm.adapters.policy import Policy
+from stitchvm.generator import Generator
+from stitchvm.modules.alignment_log import log_evaluation, report
+from stitchvm.modules.alignment_checks import check_settings, check_trainer, pixel_size
+from stitchvm.modules.alignment_parts import AlignmentParts, levels
+from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
+from stitchvm.modules.checkpoint import LeanCheckpoint
+from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
+from stitchvm.modules.held_out import Evaluation
+from stitchvm.modules.ranks import world_size
+from stitchvm.modules.rows import Rows
+from stitchvm.modules.stages import Stages
+from stitchvm.objectives.nft import ema_decay
+from stitchvm.rewards.base import NotFiniteError, Reward
+from stitchvm.values.parts import ValueFactory
+from stitchvm.values.terminal import TerminalFactory
+
+__all__ = ["Alignment"]
+
+
+class Alignment(LeanCheckpoint):
+    """The base of the fine-tuning methods (Section 5, Appendix D.3).
+
+    Arguments:
+        generator: Builds the generator.
+        value: The value that is to rise, any of the library's; the terminal reward by default.
+        reward: Builds the reward of the value; by default a stitched value's own.
+        policy: Builds the trained weights on the transformer: `PolicyAdapters` (LoRA, the default) or `PolicyWeights`.
+        group_size: The images K of a prompt in an update.
+        micro_batch: The images of one forward and backward pass; bounds the memory and changes nothing else.
+        num_steps: The steps N of roll-outs.
+        grid: Their levels: "single" or "double" (shifted once, or twice as diffusers does for SD 3.5), "linear",
+            "flux", or "pipeline" for the generator's own.
+        shift: The shift of the first four.
+        guidance_scale: g of roll-outs; 1 is off.
+        height: The height in pixels; the model's own size by default.
+        width: The width in pixels.
+        lr: AdamW's learning rate.
+        betas: AdamW's moment decays.
+        weight_decay: AdamW's weight decay.
+        warmup_steps: Steps of linear warm-up from 0.
+        clip: The largest norm of the gradient, or None.
+        ema_limit: The decay of the average that is evaluated and exported, min((1 + s)/(10 + s), limit) after s steps.
+        max_skipped: How many updates in a row may be skipped because something is not finite.
+        gradient_checkpointing: Whether blocks are run again in the backward pass, to save memory.
+        prompts_ahead: Up to so many distinct prompts are encoded before training and the text encoders freed; with more
+            of them, the encoders stay, and encode each update's prompts.
+        evaluation: How held-out prompts are sampled and scored.
+        seed: Seeds roll-outs and evaluation.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    run_config: str | None = None  # set by the command line
+    pretrained_prefixes = ("trained.",)  # saved by name under "policy"
+    copies: tuple[str, ...] = ("ema",)
+
+    def __init__(
+        self,
+        generator: Callable[[], Generator],
+        value: ValueFactory | None = None,
+        reward: Callable[[], Reward] | None = None,
+        policy: Callable[[Any], Policy] | None = None,
+        group_size: int = 1,
+        micro_batch: int | None = 8,
+        num_steps: int = 10,
+        grid: str = "single",
+        shift: float = 3.0,
+        guidance_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        lr: float = 5e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        clip: float | None = 1.0,
+        ema_limit: float = 0.9,
+        max_skipped: int = 10,
+        gradient_checkpointing: bool = False,
+        prompts_ahead: int = 4096,
+        evaluation: Evaluation | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator_factory, self.reward_factory = generator, reward
+        self.value_factory: ValueFactory = value or TerminalFactory()
+        self.policy_factory: Callable[..., Policy] = policy or PolicyAdapters
+        self.group_size, self.micro_batch = group_size, micro_batch
+        self.num_steps, self.grid, self.shift = num_steps, grid, shift
+        self.guidance_scale = guidance_scale
+        self.size = pixel_size(height, width)
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_steps, self.clip, self.ema_limit = warmup_steps, clip, ema_limit
+        self.max_skipped = max_skipped
+        self.gradient_checkpointing, self.prompts_ahead = gradient_checkpointing, prompts_ahead
+        self.evaluation = evaluation or Evaluation()
+        self.seed = seed
+        self.skipped = self.skipped_in_a_row = 0
+        self.parts: AlignmentParts | None = None
+        self.trained = nn.ParameterList()
+        self._notes: dict[str, list[Tensor]] = defaultdict(list)
+        check_settings(self)
+
+    # -- what a method defines ---------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises ValueError if settings do not go together; called before anything is loaded."""
+
+    def check_parts(self) -> None:
+        """Raises ValueError if networks and settings do not go together; called once they are there."""
+
+    def rollout(self, rows: Rows) -> Any:
+        """Returns what `micro_steps` needs of all images of this device; nothing by default."""
+        return None
+
+    @abstractmethod
+    def micro_steps(self, rows: Rows, rolled: Any) -> Iterator[Tensor]:
+        """Yields scalar losses; their sum is the mean loss of this device's images."""
+
+    def after_step(self, step: int) -> None:
+        """Does what follows an optimiser step, such as moving the old policy.
+
+        Arguments:
+            step: The optimiser steps made so far.
+        """
+
+    def method_state(self) -> dict[str, Any]:
+        """Returns what a checkpoint must hold besides the policy; tensors and plain data."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Takes up what `method_state` returned."""
+
+    # -- what a method may use ---------------------------------------------------------------------
+
+    @property
+    def generator(self) -> Any:
+        """The generator."""
+        return self._built.generator
+
+    @property
+    def policy(self) -> Policy:
+        """The trained weights and their copies."""
+        return self._built.policy
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The levels σ_0 … σ_N of roll-outs, float32 on the CPU."""
+        return self._built.sigmas
+
+    @property
+    def update(self) -> int:
+        """The number of the present update, skipped ones counted."""
+        return self.trainer.global_step + self.skipped
+
+    def conditions(self, rows: Rows) -> Any:
+        """Returns the conditions of images' prompts."""
+        with torch.no_grad():
+            return self.generator.encode_prompts(rows.prompts)
+
+    def noise(self, rows: Rows) -> Tensor:
+        """Returns z at σ_0, float32 with shape (B, C, H, W): unit noise for σ_0 = 1."""
+        shape = (self.generator.latent_channels, *self._built.latent_size)
+        return float(self.sigmas[0]) * rows.normal("z_1", shape)
+
+    def velocity(self, z_t: Tensor, t: Tensor | float, cond: Any) -> Tensor:
+        """Returns u_t(z_t) of the active policy, with the shape of z_t.
+
+        Arguments:
+            z_t: The latents, with shape (B, C, H, W).
+            t: Their level, a number or a tensor with shape () or (B,).
+            cond: Their prompts' conditions.
+        """
+        return self.generator.velocity(
+            z_t, levels(t, z_t), cond, guidance_scale=self.guidance_scale
+        )
+
+    def walk(self, z: Tensor, cond: Any, first: int, last: int) -> Tensor:
+        """Returns the latents at σ_last from those at σ_first, by Euler steps, with or without gradients."""
+        for k in range(first, last):
+            z = z + float(self.sigmas[k + 1] - self.sigmas[k]) * self.velocity(
+                z, self.sigmas[k], cond
+            )
+        return z
+
+    def score(self, rows: Rows, z: Tensor, tau: Tensor | float, name: str = "reward") -> Tensor:
+        """Returns the values of latents with shape (B,), differentiable in z, and notes them and their terms.
+
+        Where a reward is not finite, all are NaN (on all ranks, if the transformer is sharded), and the update will be
+        skipped.
+
+        Arguments:
+            rows: The images.
+            z: Their latents, with shape (B, C, H, W).
+            tau: Their level.
+            name: What it is called in logs.
+        """
+        with self.stage("value"):
+            scored = self._built.score(rows, z, tau)
+        self.note(name, scored.value)
+        for kind, terms in (("", scored.terms), ("_normalised", scored.normalised)):
+            for term, x in terms.items():
+                self.note(f"{name}{kind}/{term}", x)
+        return scored.value
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Returns a context whose seconds are counted to a stage; stages do not overlap."""
+        return self.stages(name)
+
+    def note(self, name: str, x: Tensor) -> None:
+        """Logs the mean of x over the images of the update, as "train/NAME"."""
+        self._notes[name].append(x.detach().flatten().float())
+
+    # -- building ------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Checks settings before anything is loaded.
+
+        Raises:
+            ValueError: If they do not go together, or with the Trainer's.
+        """
+        check_trainer(self.trainer)
+        self.check()
+        # it suggests attributes of the name of a layer that is not here
+        warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
+
+    def configure_model(self) -> None:
+        """Builds the networks once."""
+        if self.parts is not None:
+            return
+        attached = self._trainer is not None
+        device = self.trainer.strategy.root_device if attached else self.device
+        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        self.parts = AlignmentParts.build(self, device, mesh)
+        self.stages = Stages(device)
+        self.trained.extend(self.parts.policy.parameters().values())
+        self.check_parts()
+
+    @property
+    def _built(self) -> AlignmentParts:
+        assert self.parts is not None, "configure_model has not been called"
+        return self.parts
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a linear warm-up."""
+        optimizer = torch.optim.AdamW(
+            list(self.trained), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+        )
+        return {"optimizer": optimizer, "lr_scheduler": warm_up(optimizer, self.warmup_steps)}
+
+    def on_fit_start(self) -> None:
+        """Encodes the prompts, if they are few, and frees the text encoders."""
+        self._built.encode_ahead(self.trainer.datamodule, self.prompts_ahead)
+
+    # -- an update -------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Makes one update from this device's share of its prompts."""
+        started = time.perf_counter()
+        rows = Rows.of(batch, self.group_size, self.seed, self.update, self.device)
+        self._notes.clear()
+        rolled = self.rollout(rows)
+        loss = torch.zeros((), device=self.device)
+        for part in self.micro_steps(rows, rolled):
+            with self.stage("update"):
+                part.backward()  # not manual_backward: nothing is exchanged before all are summed up
+                loss += part.detach()
+        del rolled
+        with self.stage("update"):
+            norm = self._step(loss)
+        means = {name: torch.cat(parts).mean() for name, parts in self._notes.items()}
+        means |= {"loss": loss, "grad_norm": norm}
+        report(self, means, len(rows) * world_size() / (time.perf_counter() - started))
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise NotFiniteError(
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (the last one's "
+                f"norm was {float(norm)}): lower model.lr, look at the rewards in the logs, or run generator and "
+                "reward in bfloat16 or float32."
+            )
+
+    def _step(self, loss: Tensor) -> Tensor:
+        """Averages gradients over ranks and makes the step, unless something is not finite; returns their norm."""
+        weights = list(self.trained)
+        loss.copy_(average_gradients(weights, loss))
+        norm = gradient_norm(weights)
+        optimizer: Any = self.optimizers()
+        if bool(norm.isfinite() & loss.isfinite()):
+            if self.clip is not None:
+                clip_gradients(weights, norm, self.clip)
+            optimizer.step()
+            schedule: Any = self.lr_schedulers()
+            schedule.step()
+            self.skipped_in_a_row = 0
+            step = self.trainer.global_step
+            self.policy.update_ema(ema_decay(step, self.ema_limit))
+            self.after_step(step)
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # -- held-out prompts ------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Samples held-out prompts with the averaged policy and scores them."""
+        # weights and conditions must not become inference tensors, whatever the Trainer's mode
+        with torch.inference_mode(False), torch.no_grad(), self.policy.use("ema"):
+            self._built.held_out.add(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over all prompts, and draws the first of them."""
+        log_evaluation(self, *self._built.held_out.finish())
+
+    # -- what is kept ----------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the policy with its copies, counters, and what the method keeps."""
+        super().on_save_checkpoint(checkpoint)
+        save_alignment(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them up. Raises ValueError if they are of another method or policy, naming what differs."""
+        load_alignment(self, checkpoint)
+
+    def on_train_end(self) -> None:
+        """Leaves the averaged policy as LoRA weights in the run's folder."""
+        if not self.trainer.fast_dev_run and isinstance(self.policy, PolicyAdapters):
+            folder = self.export(Path(self.trainer.default_root_dir) / "lora")
+            rank_zero_info(f"LoRA weights saved to {folder}")
+
+    def export(self, folder: str | Path, name: str = "ema", overwrite: bool = True) -> Path:
+        """Writes a set of weights for pipelines and peft (see `stitchvm.adapters.export`); returns the folder."""
+        return export_policy(self, folder, name, overwrite)

@@ -1,0 +1,62 @@
+"""Whether the settings of an alignment run can be, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+
+from stitchvm.schedule import sigma_grid
+
+if TYPE_CHECKING:
+    from stitchvm.modules.alignment import Alignment
+
+__all__ = ["check_settings", "check_trainer", "pixel_size"]
+
+PRECISIONS = ("32-true", "bf16-mixed")
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+
+
+def check_settings(module: Alignment) -> None:
+    """Raises ValueError if a number is out of its range."""
+    for name in ("group_size", "micro_batch", "num_steps", "max_skipped"):
+        number = getattr(module, name)
+        if number is not None and number < 1:
+            raise ValueError(f"model.{name} = {number}: expected at least 1.")
+    lr, clip, limit = module.lr, module.clip, module.ema_limit
+    if not lr > 0 or (clip is not None and not clip > 0) or not 0 <= limit <= 1:
+        raise ValueError(
+            f"model.lr = {lr}, clip = {clip}, ema_limit = {limit}: expected lr > 0, clip > 0 or null, and ema_limit in "
+            "[0, 1]."
+        )
+    if module.grid != "pipeline":
+        sigma_grid(
+            module.num_steps, shift=module.shift, kind=module.grid
+        )  # raises for an unknown kind
+
+
+def pixel_size(height: int | None, width: int | None) -> tuple[int, int] | None:
+    """Returns height and width, or None for the model's own. Raises ValueError if one is missing."""
+    if height is None and width is None:
+        return None
+    if height is None or width is None or min(height, width) < 1:
+        raise ValueError(
+            f"model.height = {height}, width = {width}: expected two numbers of pixels, or neither for the model's "
+            "size."
+        )
+    return height, width
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raises ValueError if a Trainer has a precision or a strategy that alignment cannot have."""
+    if str(trainer.precision) not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision = {trainer.precision}: expected one of {', '.join(PRECISIONS)}. The frozen networks' "
+            "dtype is model.generator.dtype; trained weights are float32."
+        )
+    kind = type(trainer.strategy).__name__
+    if kind not in STRATEGIES:
+        raise ValueError(
+            f"trainer.strategy is a {kind}: expected one device, ddp, or ModelParallelStrategy (FSDP2, see "
+            "configs/trainer/fsdp2.yaml)."
+        )

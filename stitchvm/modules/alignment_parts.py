@@ -1,0 +1,146 @@
+"""The networks of an alignment run, built once, outside of the LightningModule's tree.
+
+They are frozen but for the policy's few weights. Were they in the tree, every strategy would broadcast, move and gather
+them, and every checkpoint would have to leave them out again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from stitchvm.adapters.lora import PolicyAdapters
+from stitchvm.adapters.policy import Policy
+from stitchvm.modules.held_out import HeldOut
+from stitchvm.modules.ranks import all_agree
+from stitchvm.modules.rows import Rows
+from stitchvm.modules.sampling_parts import check_latent_space, latent_size
+from stitchvm.modules.sharding import shard_transformer
+from stitchvm.rewards.base import NotFiniteError
+from stitchvm.samplers.sde import check_levels
+from stitchvm.schedule import sigma_grid
+from stitchvm.values.base import Value
+from stitchvm.values.parts import Parts
+from stitchvm.values.terms import Scored, value_and_terms
+
+if TYPE_CHECKING:
+    from stitchvm.modules.alignment import Alignment
+
+__all__ = ["AlignmentParts", "levels"]
+
+
+@dataclass
+class AlignmentParts:
+    """What an alignment run is made of, on its device.
+
+    Attributes:
+        generator: The generator.
+        value: The value, frozen.
+        policy: The trained weights and their copies.
+        held_out: The evaluation.
+        latent_size: Height and width of the latents.
+        sigmas: The levels of roll-outs, σ_0 … σ_N, float32 on the CPU.
+        sharded: Whether the transformer is sharded: every rank must then make the same calls of it.
+    """
+
+    generator: Any
+    value: Value
+    policy: Policy
+    held_out: HeldOut
+    latent_size: tuple[int, int]
+    sigmas: Tensor
+    sharded: bool
+
+    @classmethod
+    def build(cls, module: Alignment, device: torch.device, mesh: Any = None) -> AlignmentParts:
+        """Builds the parts of a module.
+
+        Arguments:
+            module: The module.
+            device: Where they go.
+            mesh: The ranks that the transformer is sharded over, if it is.
+
+        Raises:
+            ValueError: If they do not go together.
+        """
+        parts = Parts(module.reward_factory, module.generator_factory)
+        generator: Any = parts.generator
+        generator.to(device)  # before a value borrows its weights
+        size = latent_size(generator, module.size)
+        value = module.value_factory(parts).to(device)  # before adapters are there, to be hashed
+        check_latent_space(value, generator)
+        held_out = HeldOut(
+            module.evaluation, parts, module.reward_factory, device, size, module.seed
+        )
+        policy = module.policy_factory(generator.transformer, copies=module.copies)
+        generator.to(device)
+        if module.gradient_checkpointing:
+            policy.enable_gradient_checkpointing()
+        if mesh is not None:
+            adapters = policy if isinstance(policy, PolicyAdapters) else None
+            shard_transformer(
+                generator.transformer, mesh, None if adapters is None else all_weights(adapters)
+            )
+        sigmas = schedule(module, generator, size)
+        return cls(generator, value, policy, held_out, size, sigmas, mesh is not None)
+
+    def score(self, rows: Rows, z: Tensor, tau: Tensor | float) -> Scored:
+        """Returns the values of latents, differentiable in z; all NaN where a reward is not finite.
+
+        An exception on one rank alone would leave the others waiting for it. If the transformer is sharded, all ranks
+        have NaN together, since gradients through a shared prefix are calls of all of them, too.
+
+        Arguments:
+            rows: The images.
+            z: Their latents, with shape (B, C, H, W).
+            tau: Their level.
+        """
+        bound = self.value.bind(list(rows.prompts), generator=rows.streams("value"))
+        found: Scored | None = None
+        try:
+            scored = value_and_terms(bound, z, levels(tau, z))
+            found = replace(scored, value=scored.value.float())
+        except NotFiniteError as error:
+            rank_zero_warn(f"update {rows.update}: {error}")
+        if self.sharded and not all_agree(found is not None, z.device):
+            found = None
+        return found or Scored(z.float().flatten(1).sum(1) * torch.nan)
+
+    def encode_ahead(self, data: Any, limit: int) -> None:
+        """Encodes the prompts of a data module and frees the text encoders, if there are at most `limit` prompts.
+
+        Raises:
+            ValueError: If the checker cannot read a held-out prompt.
+        """
+        sets = [getattr(data, name, None) for name in ("train_data", "val_data")]
+        known = [list(each.prompts) for each in sets if each is not None]
+        if known:
+            self.held_out.judges.check_prompts(known[-1])
+        distinct = list(dict.fromkeys(prompt for each in known for prompt in each))
+        if distinct and len(distinct) <= limit:
+            with torch.no_grad():
+                self.generator.encode_ahead(distinct)
+
+
+def levels(t: Tensor | float, z: Tensor) -> Tensor:
+    """Returns a level as float32 with shape (B,), where the latents are; a number on the CPU makes no GPU wait."""
+    if isinstance(t, Tensor) and t.ndim:
+        return t.to(z.device, torch.float32)
+    return torch.full((len(z),), float(t), dtype=torch.float32, device=z.device)
+
+
+def schedule(module: Alignment, generator: Any, size: tuple[int, int]) -> Tensor:
+    """Returns the levels of roll-outs, float32 on the CPU."""
+    if module.grid == "pipeline":
+        return check_levels(generator.sigmas(module.num_steps, size))
+    return sigma_grid(module.num_steps, shift=module.shift, kind=module.grid)
+
+
+def all_weights(policy: PolicyAdapters) -> list[Any]:
+    """Returns the weights of an adapter and of its copies."""
+    names = ("default", *policy.copies)
+    return [p for name in names for p in policy.parameters(name).values()]
