@@ -70,7 +70,7 @@ def rounding(name: str, source: Path, target: Path, images: int) -> list[dict[st
 
 def measured(results: Path, steps: int) -> str:
     """Returns the table of the kept results, or "" before there are any of so many steps."""
-    content = read_results(results) if results.is_file() else {"steps": None}
+    content: dict[str, Any] = read_results(results) if results.is_file() else {"steps": None}
     if content["steps"] != steps:
         return ""
     shown = [
