@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,12 @@ class PolicyAdapters(Policy):
         super().__init__(transformer, copies)
         transformer.requires_grad_(False)
         self._layers = self._inject()
+        self._halves: list[tuple[Any, bool]] = [
+            (half, name == DEFAULT)
+            for layer in self._layers
+            for halves in (layer.lora_A, layer.lora_B)
+            for name, half in halves.items()
+        ]
         self._start(seed)
 
     @property
@@ -134,7 +140,7 @@ class PolicyAdapters(Policy):
         found = [n for n, m in self.transformer.named_modules() if hasattr(m, "lora_A")]
         assert found == self.modules, "peft has put adapters elsewhere than its rule says"
         for layer in layers:
-            layer.cast_input_dtype_enabled = False  # the adapter follows its input, see below
+            layer.cast_input_dtype_enabled = False  # see `_Half`
             for half in (layer.lora_A, layer.lora_B):
                 for name in half:
                     half[name] = _Half(half[name].weight, trained=name == DEFAULT)
@@ -158,29 +164,31 @@ class PolicyAdapters(Policy):
     # Switching.
 
     def _switch(self, active: str | None) -> None:
+        # past nn.Module's attribute machinery, here and below: some hundred layers at every switch
+        flags = {"_active_adapter": [active or DEFAULT], "_disable_adapters": active is None}
         for layer in self._layers:
-            layer._active_adapter = [DEFAULT if active is None else active]
-            layer._disable_adapters = active is None
+            layer.__dict__.update(flags)
 
     def _verify(self) -> None:
-        expected = [DEFAULT if self._active is None else self._active]
+        active, off = [self._active or DEFAULT], self._active is None
         for module, layer in zip(self.modules, self._layers, strict=True):
-            right = (
-                layer.active_adapters == expected
-                and layer.disable_adapters == (self._active is None)
-                and not layer.merged
-                and all(
-                    half[name].weight.requires_grad == (name == DEFAULT)
-                    for half in (layer.lora_A, layer.lora_B)
-                    for name in half
-                )
-            )
-            if not right:
-                raise RuntimeError(
-                    f"{module} does not run as '{self._active or 'off'}' with gradients for '{DEFAULT}' alone: "
-                    "somebody has switched, merged or frozen adapters past the policy (set_adapter, disable_adapters, "
-                    "fuse_lora, requires_grad_). Use policy.use(name) and policy.off()."
-                )
+            flags = layer.__dict__
+            if (
+                flags["_active_adapter"] != active
+                or flags["_disable_adapters"] is not off
+                or flags["merged_adapters"]
+            ):
+                self._past_the_policy(module)
+        for half, trained in self._halves:
+            if half._parameters["weight"].requires_grad is not trained:
+                self._past_the_policy("an adapter")
+
+    def _past_the_policy(self, module: str) -> NoReturn:
+        raise RuntimeError(
+            f"{module} does not run as '{self._active or 'off'}' with gradients for '{DEFAULT}' alone: somebody has "
+            "switched, merged or frozen adapters past the policy (set_adapter, disable_adapters, fuse_lora, "
+            "requires_grad_). Use policy.use(name) and policy.off()."
+        )
 
     @contextmanager
     def _again(self, active: str | None) -> Iterator[None]:
