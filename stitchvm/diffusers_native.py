@@ -106,7 +106,7 @@ class _Callback:
         bound = self.value.bind(self.prompts, generator=streams)
         field = Field(_Pipeline(), self.prompts, None, bound, self.micro_batch, share_prefix=False)
         noise = Noise(self._seeds, rows // count, (), latents.device)
-        row = torch.arange(count, device=latents.device).repeat_interleave(rows // count)
+        row = torch.arange(count).repeat_interleave(rows // count)
         return Run(field, check_levels(pipe.scheduler.sigmas), noise, row, latents)
 
     @property
