@@ -1,7 +1,7 @@
 """What fine-tuning by DRaFT, DiffusionNFT and Flow-GRPO share: everything but the loss.
 
-One `training_step` is one update, one optimiser step. Its batch is this device's share of the update's prompts, each
-prompt gives K images on the same device:
+One `training_step` is one update, as a rule one optimiser step. Its batch is this device's share of the update's
+prompts, each prompt gives K images on the same device:
 
     roll out → value → losses in micro-batches, gradients summed up locally → ONE average over ranks → clip → step
 
@@ -20,20 +20,18 @@ are keyed by prompt and image (`Rows`), so that one GPU does what sixteen do, up
     load_method_state(state)   their way back
 
 `micro_steps` is a generator: each loss it yields is sent backwards before it goes on, so that one graph is in memory at
-a time. Every rank must yield equally often. It may use
+a time. A None makes an optimiser step of the losses so far, in between; the last is made at the end. Every rank must
+yield equally often. It may use
 
     self.conditions(rows)      the prompts' conditions
     self.noise(rows)           z_1, where roll-outs begin
     self.velocity(z, t, cond)  the velocity of whatever policy is active: `with self.policy.use("old"):`, `.off():`
     self.walk(z, cond, first, last)   Euler steps on `self.sigmas` (the roll-out's levels), with or without gradients
     self.score(rows, z, tau)   the values of latents, with shape (B,), differentiable, logged; all NaN if a reward was
-                               not finite (never an exception on one rank alone)
+                               not finite (never an exception on one rank alone); `scored` has a sum's terms, too
     self.stage("value")        a context whose seconds are logged; so are those of "rollout" and "update"
     self.note(name, x)         logs the mean of x over the images of the update
     ranks.gather(x)            the rows of all ranks
-
-**Several optimiser steps per roll-out**, as references have: let `old` sample, and move it to the policy every m-th
-update only; then each update trains on fresh samples of a policy that is up to m − 1 steps behind.
 
 **Not finite.** If the loss or a gradient of any rank is not finite, all ranks skip the update: no step, no EMA, no
 schedule; it is counted, the data go on. `max_skipped` in a row end the run.
@@ -51,6 +49,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,8 @@ from torch import Tensor, nn
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.adapters.policy import Policy
 from stitchvm.generator import Generator
-from stitchvm.modules.alignment_log import log_evaluation, report
 from stitchvm.modules.alignment_checks import check_settings, check_trainer, pixel_size
+from stitchvm.modules.alignment_log import log_evaluation, report
 from stitchvm.modules.alignment_parts import AlignmentParts, levels
 from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
 from stitchvm.modules.checkpoint import LeanCheckpoint
@@ -75,6 +74,7 @@ from stitchvm.objectives.nft import ema_decay
 from stitchvm.rewards.base import NotFiniteError, Reward
 from stitchvm.values.parts import ValueFactory
 from stitchvm.values.terminal import TerminalFactory
+from stitchvm.values.terms import Scored
 
 __all__ = ["Alignment"]
 
@@ -177,8 +177,8 @@ class Alignment(LeanCheckpoint):
         return None
 
     @abstractmethod
-    def micro_steps(self, rows: Rows, rolled: Any) -> Iterator[Tensor]:
-        """Yields scalar losses; their sum is the mean loss of this device's images."""
+    def micro_steps(self, rows: Rows, rolled: Any) -> Iterator[Tensor | None]:
+        """Yields scalar losses; their sum is the mean loss of this device's images. After a None another sum begins."""
 
     def after_step(self, step: int) -> None:
         """Does what follows an optimiser step, such as moving the old policy.
@@ -249,22 +249,23 @@ class Alignment(LeanCheckpoint):
     def score(self, rows: Rows, z: Tensor, tau: Tensor | float, name: str = "reward") -> Tensor:
         """Returns the values of latents with shape (B,), differentiable in z, and notes them and their terms.
 
-        Where a reward is not finite, all are NaN (on all ranks, if the transformer is sharded), and the update will be
-        skipped.
-
         Arguments:
             rows: The images.
             z: Their latents, with shape (B, C, H, W).
             tau: Their level.
             name: What it is called in logs.
         """
+        return self.scored(rows, z, tau, name).value
+
+    def scored(self, rows: Rows, z: Tensor, tau: Tensor | float, name: str = "reward") -> Scored:
+        """Returns what `score` does, with the terms of a sum."""
         with self.stage("value"):
             scored = self._built.score(rows, z, tau)
         self.note(name, scored.value)
         for kind, terms in (("", scored.terms), ("_normalised", scored.normalised)):
             for term, x in terms.items():
                 self.note(f"{name}{kind}/{term}", x)
-        return scored.value
+        return scored
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Returns a context whose seconds are counted to a stage; stages do not overlap."""
@@ -324,15 +325,17 @@ class Alignment(LeanCheckpoint):
         self._notes.clear()
         rolled = self.rollout(rows)
         loss = torch.zeros((), device=self.device)
-        for part in self.micro_steps(rows, rolled):
+        for part in chain(self.micro_steps(rows, rolled), [None]):
             with self.stage("update"):
-                part.backward()  # not manual_backward: nothing is exchanged before all are summed up
-                loss += part.detach()
+                if part is None:
+                    norm, mean = self._step(loss), loss
+                    loss = torch.zeros_like(loss)
+                else:  # not manual_backward: nothing is exchanged before all are summed up
+                    part.backward()
+                    loss += part.detach()
         del rolled
-        with self.stage("update"):
-            norm = self._step(loss)
         means = {name: torch.cat(parts).mean() for name, parts in self._notes.items()}
-        means |= {"loss": loss, "grad_norm": norm}
+        means |= {"loss": mean, "grad_norm": norm}  # of the last step
         report(self, means, len(rows) * world_size() / (time.perf_counter() - started))
         if self.skipped_in_a_row >= self.max_skipped:
             raise NotFiniteError(

@@ -7,7 +7,7 @@ depend neither on the number of devices nor on micro-batches, and nothing has to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +72,16 @@ class Rows:
         """Yields micro-batches of at most `size` images; all at once for None."""
         size = size or len(self)
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield Rows(
-                self.seed,
-                self.update,
-                self.index[part],
-                self.number[part],
-                self.prompts[part],
-                self.device,
-                self.place[part],
-            )
+            yield self.take(range(start, min(start + size, len(self))))
+
+    def take(self, places: Iterable[int]) -> Rows:
+        """Returns some of these images, by their places among them."""
+        i = list(places)
+        index, number, place = (
+            tuple(each[k] for k in i) for each in (self.index, self.number, self.place)
+        )
+        prompts = tuple(self.prompts[k] for k in i)
+        return Rows(self.seed, self.update, index, number, prompts, self.device, place)
 
     @property
     def positions(self) -> Tensor:
