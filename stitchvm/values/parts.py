@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from stitchvm.backbones.base import Backbone
 from stitchvm.rewards.base import Reward
 from stitchvm.spec import fingerprint, spec_of
+from stitchvm.value_model import used_weights
 from stitchvm.values.base import Value, VelocityModel
 
 
@@ -37,6 +39,7 @@ class Parts:
         self._built: dict[str, Any] = {}
         self._run: Parts | None = None  # of a term: the parts of the whole sum
         self._rewards: list[Reward] = []  # that are in memory, of all terms
+        self._backbones: list[Backbone] = []  # that value models brought along, likewise
 
     def of_term(self, reward: Callable[[], Reward] | None = None) -> Parts:
         """Returns the parts of one term of a sum: the same generator and VAE, and its own reward or the run's.
@@ -51,7 +54,7 @@ class Parts:
             (lambda: self.generator) if self.has("generator") else None,
             (lambda: self.vae) if self.has("vae") else None,
         )
-        term._run, term._rewards = self, self._rewards
+        term._run, term._rewards, term._backbones = self, self._rewards, self._backbones
         return term
 
     def known_reward(self, spec: dict[str, Any]) -> Reward | None:
@@ -66,6 +69,29 @@ class Parts:
             if spec == spec_of(reward) | {"fingerprint": fingerprint(reward)}:
                 return reward
         return None
+
+    def known_backbone(self, config: dict[str, Any]) -> Backbone | None:
+        """Returns a backbone that an earlier value model brought along and this one can run on, or None.
+
+        Arguments:
+            config: The value model's `config.json`.
+        """
+        wanted, (i, _) = config["backbone"], config["stitch_point"]
+        for backbone in self._backbones:
+            spec = spec_of(backbone)
+            settings = spec["init_args"] | {"max_depth": i}
+            if (
+                (spec["class_path"], settings) == (wanted["class_path"], wanted["init_args"])
+                and backbone.loaded_blocks >= i
+                and used_weights(backbone, i) == wanted["fingerprint"]
+            ):
+                return backbone
+        return None
+
+    def offer_backbone(self, backbone: Backbone) -> None:
+        """Takes the backbone of a value model, for others on the same."""
+        if not any(backbone is known for known in self._backbones):
+            self._backbones.append(backbone)
 
     def _get(self, name: str) -> Any:
         if name not in self._built:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stitchvm.backbones.base import Backbone
 from stitchvm.rewards.base import Reward
 from stitchvm.vae import latent_scaling
 from stitchvm.value_model import StitchedValueModel
@@ -39,7 +40,11 @@ class StitchedValue(Value):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, generator: Any = None, reward: Reward | None = None
+        cls,
+        path: str | Path,
+        generator: Any = None,
+        reward: Reward | None = None,
+        backbone: Backbone | None = None,
     ) -> StitchedValue:
         """Loads a value model, frozen; on a generator of the same backbone it shares its transformer.
 
@@ -50,12 +55,14 @@ class StitchedValue(Value):
             generator: The generator whose latents are valued; its weights are used if they are those the value
                 model was distilled on.
             reward: An already loaded reward to share.
+            backbone: An already loaded backbone to share, where the generator lends none.
 
         Raises:
             FileNotFoundError: If there is no value model at `path`.
-            ValueError: If the value model does not fit the given reward, or the generator's latent space.
+            ValueError: If the value model does not fit the given reward or backbone, or the generator's latent space.
         """
-        backbone = None if generator is None else generator.lend(StitchedValueModel.read(path))
+        lent = None if generator is None else generator.lend(StitchedValueModel.read(path))
+        backbone = backbone if lent is None else lent
         model = StitchedValueModel.from_pretrained(path, backbone=backbone, reward=reward)
         if generator is not None:
             channels = model.backbone.latent_channels
@@ -69,7 +76,7 @@ class StitchedValue(Value):
                 latent_scaling(model.backbone.id),
                 (generator.vae.scale, generator.vae.shift),
             )
-            if backbone is None and scaling not in (None, own):
+            if lent is None and scaling not in (None, own):
                 raise ValueError(
                     f"the value model {path} reads latents of scale, shift {scaling} ({model.backbone.id}), but those "
                     f"of {generator.id} have {own}: another VAE, whose latents mean something else. Distil a value "
@@ -139,13 +146,16 @@ class StitchedFactory(ValueFactory):
 
     def __call__(self, parts: Parts) -> StitchedValue:
         """Returns the value; its reward becomes the run's if none is configured."""
+        config = StitchedValueModel.read(self.path)
         if parts.has("reward"):
             reward: Reward | None = parts.reward
         else:
-            reward = parts.known_reward(StitchedValueModel.read(self.path)["reward"])
+            reward = parts.known_reward(config["reward"])
         generator = parts.generator if self.share_generator else None
-        value = StitchedValue.from_pretrained(self.path, generator=generator, reward=reward)
+        backbone = parts.known_backbone(config)
+        value = StitchedValue.from_pretrained(self.path, generator, reward, backbone)
         parts.offer_reward(value.reward)
+        parts.offer_backbone(value.value_model.backbone)
         return value
 
     def sources(self) -> dict[str, str]:

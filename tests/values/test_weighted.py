@@ -314,6 +314,9 @@ def test_terms_share_the_run_and_bring_their_own_rewards(
     value = WeightedFactory(terms)(parts)
     assert list(value.values) == ["model", "looks", "again"] and built == ["generator"]
     model, looks, again = value.values.values()
+    networks = [v.value_model.backbone.network for v in (model, looks, again)]
+    assert networks[0] is parts.generator.transformer
+    assert networks[1] is networks[2] and networks[1] is not networks[0]
     assert model.reward is again.reward and model.reward is not looks.reward
     assert parts.reward is value.reward  # the clean reward of the sum becomes the run's
     z_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.5])
@@ -346,6 +349,11 @@ def test_terms_take_the_runs_reward_where_it_is_theirs(
     alone = Parts(generator=lambda: Generator(str(tiny_sd3), text_tokens=12))
     value = WeightedFactory([Term(clip), Term(TweedieFactory(), reward=reward)])(alone)
     assert value.values["1"].reward is value.values["2"].reward and counted == [1, 1]
+    # on a backbone of two blocks no value model after three of them runs
+    alone = Parts()
+    value = WeightedFactory([Term(clip), Term(looks)])(alone)
+    depths = [v.value_model.backbone.loaded_blocks for v in value.values.values()]
+    assert depths == [2, 3]
     with pytest.raises(ValueError, match="needs a reward"):
         WeightedFactory([Term(TweedieFactory())])(
             Parts(generator=lambda: WorldGenerator(mixture()))
