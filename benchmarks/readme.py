@@ -17,7 +17,15 @@ VALUES = {
     "aesthetic": ("Aesthetic: SRCC with the true score", "aesthetic/"),
     "hps": ("Preference: accuracy", "preference/"),
 }
-SHOWN = ("_text_r1", "_image_r1", "aesthetic/srcc", "preference/hpdv2", "truth/r2")
+SHOWN = ("_text_r1", "_image_r1", "aesthetic/srcc", "preference/hpdv2")
+# images that were noised, what counts as truth, as the README says it
+TRUTHS = {
+    ("drawn", "draw"): "drawn images, against an exact draw of r given z_t",
+    ("drawn", "posterior"): "drawn images, against the grammar's own E[r given z_t]",
+    ("drawn", "rollouts"): "drawn images, against the generator's roll-outs",
+    ("null", "draw"): "the generator's images, against an exact draw of r given z_t",
+    ("null", "rollouts"): "the generator's images, against its roll-outs",
+}
 
 
 def source(path: Path) -> str:
@@ -34,14 +42,13 @@ def gates() -> str:
         return ""
     cells: dict[str, list[dict[str, Any]]] = {}
     for r in read_results(path)["records"]:
-        if r.get("gate") is not None:
+        if r.get("gate") is not None or r["metric"] == "flux/whole":
             cells.setdefault(r["metric"], []).append(r)
     rows = ["| gate | mean over seeds | seeds | n each | wanted |", "|---|---|---|---|---|"]
     for metric, same in cells.items():
         mean = sum(r["value"] for r in same) / len(same)
-        rows.append(
-            f"| {metric} | {mean:.3f} | {len(same)} | {same[0]['n']} | ≥ {same[0]['gate']} |"
-        )
+        wanted = f"≥ {same[0]['gate']}" if "gate" in same[0] else ""
+        rows.append(f"| {metric} | {mean:.3f} | {len(same)} | {same[0]['n']} | {wanted} |")
     return "**The networks.** " + source(path) + "\n\n" + "\n".join(rows)
 
 
@@ -59,9 +66,50 @@ def values(name: str, title: str) -> str:
     return "\n\n".join(parts)
 
 
+def truth() -> str:
+    """Returns R² against every truth, and the ceiling of the aesthetic SRCC."""
+    path = WORLD / "truth.json"
+    if not path.is_file():
+        return ""
+    records = read_results(path)["records"]
+    shown = [
+        {**r, "truth": TRUTHS[r["images"], r["truth"]]}
+        for r in records
+        if r["metric"] == "truth/r2" and r["text"] in ("none", "other")
+    ]
+    table = records_to_markdown(shown, rows=("reward", "truth", "estimator"), digits=2)
+    few = min((r["n"] for r in records if r["metric"] == "aesthetic/srcc"), default=0)
+    ranked = [r for r in records if r["metric"] == "aesthetic/srcc" and r["n"] == few]
+    ranks = records_to_markdown(ranked, rows=("metric", "estimator"), stderr=True)
+    head = "**R² against the truth**, texts of another image where the reward reads text."
+    tail = f"SRCC with the true aesthetic score on the first {few} images, of the truths themselves too:"
+    return "\n\n".join([f"{head} {source(path)}", table, tail, ranks])
+
+
+def study() -> str:
+    """Returns how stage 1's criteria rank the cells."""
+    path = WORLD / "search_study.json"
+    if not path.is_file():
+        return ""
+    rows = [
+        "| cells | criterion | Spearman with final quality | chosen (i, j) | its quality | best quality |",
+        "|---|---|---|---|---|---|",
+    ]
+    content = read_results(path)
+    for r in content["records"]:
+        if "spearman" in r:
+            rows.append(
+                f"| {r['region']}, {r['cells']} | {r['criterion']} | {r['spearman']:+.2f} | "
+                f"{tuple(r['chosen'])} | {r['quality_of_chosen']:.3f} | {r['best_quality']:.3f} |"
+            )
+    head = f"**Stage 1's criteria**, quality after {content['steps']} steps of stage 2 (mean R@1 over levels)."
+    return f"{head} {source(path)}\n\n" + "\n".join(rows)
+
+
 def main() -> None:
     """Rewrites the README's section of results."""
-    parts = [gates(), *(values(name, title) for name, (title, _) in VALUES.items())]
+    measured = (values(name, title) for name, (title, _) in VALUES.items())
+    parts = [gates(), *measured, truth(), study()]
     body = "\n\n".join(part for part in parts if part)
     text = README.read_text()
     new, count = MARKERS.subn(lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text)
