@@ -212,8 +212,11 @@ def main() -> None:
 
     from stitchvm.world.train.common import folder_hash, weights_folder
 
-    kept = json.loads(arguments.output.read_text())["records"] if arguments.output.exists() else []
-    records = [r for r in kept if r["metric"].split("/")[0] not in arguments.parts]
+    kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    records = [
+        r for r in kept.get("records", []) if r["metric"].split("/")[0] not in arguments.parts
+    ]
+    earlier = str(kept["command"]) if records else None
     for part in arguments.parts:
         place = weights_folder() / {"vae": "sd3/vae"}.get(part, part)
         if not place.exists():
@@ -235,6 +238,8 @@ def main() -> None:
                 )
             records += found
     command = " ".join(["python -m stitchvm.world.gates", *sys.argv[1:]])
+    if earlier is not None and earlier != command:  # other parts were kept
+        command = f"{earlier}; {command}"
     write_results(arguments.output, records, command=command, overwrite=True)
     history = training_records()
     if history:
