@@ -273,7 +273,7 @@ class Alignment(LeanCheckpoint):
 
     def note(self, name: str, x: Tensor) -> None:
         """Logs the mean of x over the images of the update, as "train/NAME"."""
-        self._notes[name].append(x.detach().flatten().float())
+        self._notes[name].append(x.detach().flatten().float().to(self.device))
 
     # -- building ------------------------------------------------------------------------------------
 

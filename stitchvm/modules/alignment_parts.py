@@ -20,6 +20,7 @@ from stitchvm.modules.ranks import all_agree
 from stitchvm.modules.rows import Rows
 from stitchvm.modules.sampling_parts import check_latent_space, latent_size
 from stitchvm.modules.sharding import shard_transformer
+from stitchvm.path import working_dtype
 from stitchvm.rewards.base import NotFiniteError
 from stitchvm.samplers.sde import check_levels
 from stitchvm.schedule import sigma_grid
@@ -103,7 +104,7 @@ class AlignmentParts:
         found: Scored | None = None
         try:
             scored = value_and_terms(bound, z, levels(tau, z))
-            found = replace(scored, value=scored.value.float())
+            found = replace(scored, value=scored.value.to(working_dtype(scored.value)))
         except NotFiniteError as error:
             rank_zero_warn(f"update {rows.update}: {error}")
         if self.sharded and not all_agree(found is not None, z.device):
