@@ -57,6 +57,9 @@ class _Callback:
         records: What happened at each step where the value was asked, of the last run.
     """
 
+    # so that diffusers' MultiPipelineCallbacks takes several of them
+    tensor_inputs = ("latents",)
+
     def __init__(
         self,
         value: Bindable,
@@ -77,7 +80,16 @@ class _Callback:
     def __call__(
         self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Is called by the pipeline after every step; returns the latents where it changed them."""
+        """Is called by the pipeline after every step, and returns what it was given, with the latents it made.
+
+        Raises:
+            ValueError: If the pipeline does not show its latents, or as the class says.
+        """
+        if "latents" not in callback_kwargs:
+            raise ValueError(
+                f"the pipeline shows the callback {sorted(callback_kwargs)}, but no latents: leave "
+                "callback_on_step_end_tensor_inputs out, or put 'latents' into it."
+            )
         latents = callback_kwargs["latents"]
         if step == 0:
             self.records = []
@@ -85,7 +97,7 @@ class _Callback:
             self._begin(pipe, self._run)
         self._run.field.step = step
         changed = self._after(self._run, step, latents)
-        return {} if changed is None else {"latents": changed}
+        return callback_kwargs if changed is None else callback_kwargs | {"latents": changed}
 
     def _begin(self, pipe: Any, run: Run) -> None:
         raise NotImplementedError

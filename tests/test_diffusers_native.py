@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.callbacks import MultiPipelineCallbacks
 from torch import Tensor
 
 from stitchvm.backbones.flux import unpack
@@ -166,7 +167,7 @@ def test_the_value_sees_unpacked_latents_at_the_pipelines_levels(setup: dict[str
 
     def spy(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         changed = callback(pipe, step, t, kwargs)
-        after.append(changed.get("latents", kwargs["latents"]))
+        after.append(changed["latents"])
         return changed
 
     callback = GuidanceCallback(value, PROMPTS, 10.0, **size(setup))
@@ -189,7 +190,7 @@ def test_low_precision_latents_keep_their_dtype(setup: dict[str, Any]) -> None:
     pipe.scheduler.set_timesteps(3, mu=0.5) if setup["family"] == "flux" else (
         pipe.scheduler.set_timesteps(3)
     )
-    assert callback(pipe, 0, None, {"latents": packed}) == {}
+    assert callback(pipe, 0, None, {"latents": packed})["latents"] is packed
     changed = callback(pipe, 1, None, {"latents": packed})["latents"]
     assert changed.dtype == torch.bfloat16 and changed.shape == packed.shape
 
@@ -241,7 +242,7 @@ def test_particles_are_resampled_by_the_value_of_their_own_prompt(noisy: dict[st
     def spy(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         states.append(kwargs["latents"].clone())
         changed = callback(pipe, step, t, kwargs)
-        states.append(changed.get("latents", kwargs["latents"]))
+        states.append(changed["latents"])
         return changed
 
     run(noisy, start, spy, **several)
@@ -267,6 +268,15 @@ def test_steering_raises_the_value(noisy: dict[str, Any]) -> None:
     plain = run(noisy, start, **several)
     v = [value.bind(PROMPTS).select(row)(z, zero).mean() for z in (steered, plain)]
     assert v[0] > v[1]
+
+
+def test_both_callbacks_together(noisy: dict[str, Any]) -> None:
+    start, several = torch.randn(6, 4, 12, 8), {"num_images_per_prompt": 3}
+    guide = GuidanceCallback(noisy["value"], PROMPTS, 0.5, "unit_norm", **size(noisy))
+    steer = fk(noisy, noisy["value"], lam=0.0)
+    both = run(noisy, start, MultiPipelineCallbacks([guide, steer]), **several)
+    assert torch.equal(both, run(noisy, start, guide, **several))
+    assert [record.step for record in steer.records] == [1, 2, 3, 4]
 
 
 def test_the_terminal_reward_may_choose(noisy: dict[str, Any]) -> None:
@@ -356,5 +366,9 @@ def test_bad_arguments(setup: dict[str, Any]) -> None:
     if setup["family"] == "flux":
         with pytest.raises(ValueError, match="height and width in pixels that the pipeline"):
             run(setup, start, GuidanceCallback(value, PROMPTS))
+    with pytest.raises(
+        ValueError, match=r"shows the callback \['prompt_embeds'\], but no latents"
+    ):
+        GuidanceCallback(value, PROMPTS)(setup["pipe"], 0, None, {"prompt_embeds": start})
     with pytest.raises(ValueError, match="3 images: expected the 8"):
         FKCallback(value, PROMPTS).best([1, 2, 3])
