@@ -165,7 +165,7 @@ def fonts(size: int) -> Any:
 INFO_PANELS = {
     "ess": ("Effective sample size of the particles", False),
     "distinct_ancestors": ("Particles that have children (share)", False),
-    "update_to_cfg": ("Guidance by the value over guidance by the prompt (rms)", True),
+    "update_to_cfg": ("Value guidance over prompt guidance (rms)", True),
 }
 
 

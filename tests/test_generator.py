@@ -145,6 +145,18 @@ def test_memory_is_bounded(tiny_sd3: Path) -> None:
     assert list(generator._memory.kept) == ["of", "the"]
 
 
+def test_prompts_encoded_ahead_do_not_depend_on_the_others(tiny_sd3: Path) -> None:
+    one, many = (Generator(str(tiny_sd3), text_tokens=4, prompts_in_memory=1) for _ in range(2))
+    one.encode_ahead(["a red circle"])
+    many.encode_ahead(["a blue square", "a red circle", "of", "a red circle"])
+    assert not one._memory.encoders._loaded and not many._memory.encoders._loaded
+    conds = [generator.encode_prompts(["a red circle"]) for generator in (one, many)]
+    assert torch.equal(conds[0].tokens, conds[1].tokens)
+    assert torch.equal(conds[0].pooled, conds[1].pooled)
+    assert len(many.encode_prompts(["of", "a blue square"])) == 2
+    assert not many._memory.encoders._loaded, "all of them were kept"
+
+
 def test_velocity_takes_one_prompt_for_all_and_is_differentiable(sd3: Generator) -> None:
     z_t = torch.randn(2, 4, 8, 8, requires_grad=True)
     cond = sd3.encode_prompts(PROMPTS[:1])

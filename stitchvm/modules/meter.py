@@ -24,10 +24,12 @@ class Meter:
 
     Attributes:
         seconds: The seconds of the wall, the device waited for.
+        cpu_seconds: The seconds that this process' threads ran: on a shared machine they leave out what others took.
         peak_gib: The peak in GiB.
     """
 
     seconds: float
+    cpu_seconds: float
     peak_gib: float
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +51,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.resets:
             _forget_peak()
-        self._start = time.perf_counter()
+        self._start, self._cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
         """Stops the clock and reads the peak."""
@@ -59,6 +61,7 @@ class Meter:
         else:
             self.peak_gib = _peak_resident() if self.resets else _peak_ever()
         self.seconds = time.perf_counter() - self._start
+        self.cpu_seconds = time.process_time() - self._cpu
 
 
 @contextmanager

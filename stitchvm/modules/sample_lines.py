@@ -71,13 +71,15 @@ def trajectories(samples: Samples) -> list[dict[str, Any]]:
     for row in range(len(at)):
         found.append(
             {
-                "values": [[sigma, each[row]] for sigma, each in reversed(values)],
-                "info": {
-                    name: [[sigma, each[row]] for sigma, each in reversed(series)]
-                    for name, series in info.items()
-                },
+                "values": points(values, row),
+                "info": {name: points(series, row) for name, series in info.items()},
             }
         )
         if samples.final_values is not None:
             found[row]["final_value"] = float(samples.final_values[row, samples.chosen[row]])
     return found
+
+
+def points(series: Sequence[tuple[float, list[float]]], row: int) -> list[list[float]]:
+    """Returns a row's [[σ, number], …], in the order of sampling, with the digits that float32 has."""
+    return [[float(f"{s:.7g}"), float(f"{each[row]:.7g}")] for s, each in reversed(series)]

@@ -92,7 +92,8 @@ class Sampling(LightningModule):
         super().__init__()
         if samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt = {samples_per_prompt}: expected at least 1.")
-        if (height is None) != (width is None) or min(height or 1, width or 1) < 1:
+        sides = [side for side in (height, width) if side is not None]
+        if len(sides) == 1 or min(sides, default=1) < 1:
             raise ValueError(
                 f"height = {height}, width = {width}: expected two numbers of pixels, or neither for the model's size."
             )
@@ -288,6 +289,7 @@ class Sampling(LightningModule):
             line |= {
                 "calls": {kind: rows / len(index) for kind, rows in samples.calls.items()},
                 "seconds": self.meter.seconds / len(index),
+                "cpu_seconds": self.meter.cpu_seconds / len(index),
                 "peak_memory_gib": self.meter.peak_gib,
                 "peak_memory_of": self.meter.memory,
                 "batch": len(index),

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from stitchvm.modules.sampling import Sampling
 
 SECONDS = (
-    "wall time of sampling and decoding a batch, the device waited for, divided by its samples"
+    "wall time of sampling and decoding a batch, the device waited for, divided by its samples; cpu_seconds: the time "
+    "this process' threads ran meanwhile"
 )
 
 
@@ -85,6 +86,7 @@ def summary(lines: Sequence[Line]) -> list[dict[str, Any]]:
             columns.setdefault(name, {}).setdefault(line["index"], []).append(value)
     costs = {
         "seconds": sum(line["seconds"] for line in lines) / len(lines),
+        "cpu_seconds": sum(line["cpu_seconds"] for line in lines) / len(lines),
         "peak_memory_gib": max(line["peak_memory_gib"] for line in lines),
     }
     records: list[dict[str, Any]] = []
