@@ -47,6 +47,12 @@ class PolicyWeights(Policy):
         own = self.parameters()
         self._kept = {name: {k: p.detach().clone() for k, p in own.items()} for name in copies}
 
+    def keep_base(self) -> None:
+        """Keeps the weights of now as the frozen model "base", which `off()` needs."""
+        if BASE not in self.copies:
+            self.copies = (*self.copies, BASE)
+            self._kept[BASE] = {k: p.detach().clone() for k, p in self.parameters().items()}
+
     def parameters(self, name: str = DEFAULT) -> dict[str, Tensor]:
         """Returns the transformer's weights, or a copy's, by name; a copy follows them to their device and shards."""
         own = dict(self.transformer.named_parameters())

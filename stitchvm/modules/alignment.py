@@ -11,6 +11,7 @@ are keyed by prompt and image (`Rows`), so that one GPU does what sixteen do, up
 **A method is a subclass with these hooks**, of which only `micro_steps` must be there:
 
     copies                     the copies of the policy that it needs, such as ("old", "ema")
+    needs_frozen               whether it runs the frozen model (`policy.off()`): full fine-tuning must then keep it
     check()                    raises ValueError if settings do not go together; before anything is loaded
     check_parts()              the same, when the networks are there
     rollout(rows)              what all images of this device are needed for at once (advantages); may gather from ranks
@@ -60,7 +61,12 @@ from torch import Tensor, nn
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.adapters.policy import Policy
 from stitchvm.generator import Generator
-from stitchvm.modules.alignment_checks import check_settings, check_trainer, pixel_size
+from stitchvm.modules.alignment_checks import (
+    check_settings,
+    check_skipped,
+    check_trainer,
+    pixel_size,
+)
 from stitchvm.modules.alignment_log import log_evaluation, report
 from stitchvm.modules.alignment_parts import AlignmentParts, levels
 from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
@@ -71,7 +77,7 @@ from stitchvm.modules.ranks import world_size
 from stitchvm.modules.rows import Rows
 from stitchvm.modules.stages import Stages
 from stitchvm.objectives.nft import ema_decay
-from stitchvm.rewards.base import NotFiniteError, Reward
+from stitchvm.rewards.base import Reward
 from stitchvm.values.parts import ValueFactory
 from stitchvm.values.terminal import TerminalFactory
 from stitchvm.values.terms import Scored
@@ -116,6 +122,7 @@ class Alignment(LeanCheckpoint):
     run_config: str | None = None  # set by the command line
     pretrained_prefixes = ("trained.",)  # saved by name under "policy"
     copies: tuple[str, ...] = ("ema",)
+    needs_frozen: bool = False
 
     def __init__(
         self,
@@ -337,12 +344,7 @@ class Alignment(LeanCheckpoint):
         means = {name: torch.cat(parts).mean() for name, parts in self._notes.items()}
         means |= {"loss": mean, "grad_norm": norm}  # of the last step
         report(self, means, len(rows) * world_size() / (time.perf_counter() - started))
-        if self.skipped_in_a_row >= self.max_skipped:
-            raise NotFiniteError(
-                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (the last one's "
-                f"norm was {float(norm)}): lower model.lr, look at the rewards in the logs, or run generator and "
-                "reward in bfloat16 or float32."
-            )
+        check_skipped(self, norm)
 
     def _step(self, loss: Tensor) -> Tensor:
         """Averages gradients over ranks and makes the step, unless something is not finite; returns their norm."""

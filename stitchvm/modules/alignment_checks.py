@@ -1,17 +1,19 @@
-"""Whether the settings of an alignment run can be, before anything is loaded."""
+"""Whether an alignment run can be: its settings, before anything is loaded, and its losses, as they come."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from stitchvm.rewards.base import NotFiniteError
 from stitchvm.schedule import sigma_grid
 
 if TYPE_CHECKING:
     from stitchvm.modules.alignment import Alignment
 
-__all__ = ["check_settings", "check_trainer", "pixel_size"]
+__all__ = ["check_settings", "check_skipped", "check_trainer", "pixel_size"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -59,4 +61,14 @@ def check_trainer(trainer: Trainer) -> None:
         raise ValueError(
             f"trainer.strategy is a {kind}: expected one device, ddp, or ModelParallelStrategy (FSDP2, see "
             "configs/trainer/fsdp2.yaml)."
+        )
+
+
+def check_skipped(module: Alignment, norm: Tensor) -> None:
+    """Raises NotFiniteError if as many updates in a row have been skipped as may be."""
+    if module.skipped_in_a_row >= module.max_skipped:
+        raise NotFiniteError(
+            f"{module.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (the last one's norm "
+            f"was {float(norm)}): lower model.lr, look at the rewards in the logs, or run generator and reward in "
+            "bfloat16 or float32."
         )

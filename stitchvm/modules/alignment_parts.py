@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from stitchvm.adapters.full import PolicyWeights
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.adapters.policy import Policy
 from stitchvm.modules.held_out import HeldOut
@@ -78,6 +79,8 @@ class AlignmentParts:
             module.evaluation, parts, module.reward_factory, device, size, module.seed
         )
         policy = module.policy_factory(generator.transformer, copies=module.copies)
+        if isinstance(policy, PolicyWeights) and module.needs_frozen:
+            policy.keep_base()
         generator.to(device)
         if module.gradient_checkpointing:
             policy.enable_gradient_checkpointing()

@@ -64,6 +64,7 @@ class DRaFT(Alignment):
         self.window.check(self.num_steps, backprop_steps)
         self.backprop_steps, self.lam = backprop_steps, lam
         self.ceiling, self.redraws = ceiling, redraws
+        self.needs_frozen = lam > 0
 
     def check_parts(self) -> None:
         """Raises ValueError if a terminal reward is asked before the end, or the frozen model is not there."""
