@@ -13,8 +13,8 @@ COMMANDS = {
     "search": "Stage 1: measure every stitch point (i, j), write search.json and heat maps.",
     "fit": "Train what the config names, for example distil a value model (stage 2).",
     "validate": "Measure the validation losses of a checkpoint.",
-    "test": "Measure retrieval, preference or aesthetics at several noise levels.",
-    "predict": "Write a module's predictions for a data set.",
+    "test": "Measure values at several noise levels, or finished samples.",
+    "predict": "Sample prompts: plain, best-of-N, FK steering or guidance; images and samples.jsonl as they come.",
     "sweep": "Run predict for several settings of one parameter, such as a guidance strength, and compare them.",
 }
 
@@ -28,7 +28,9 @@ commands:
 A run is a YAML file; every value can be overridden:
   stitchvm fit --config configs/distill_world.yaml --trainer.max_steps 100
   stitchvm fit --config configs/distill_world.yaml --ckpt_path last     (goes on where it stopped)
-  stitchvm test --config configs/eval_world_clip.yaml
+  stitchvm test --config configs/eval_world.yaml
+  stitchvm predict --config configs/fks_stitched_world.yaml --data.num_prompts 16
+                                   (interrupted, the same command goes on where it stopped)
   stitchvm COMMAND --help          all options of a command
   stitchvm COMMAND --config FILE --print_config      the composed configuration
 """

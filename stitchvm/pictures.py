@@ -70,7 +70,7 @@ def grid_columns(samples: int, per_prompt: int = 1) -> int:
     """Returns a number of columns, at most 8: whole prompts in a row, and about as many rows as columns."""
     wanted = min(max(round(samples**0.5 + 0.3), 1), 8)
     if 1 < per_prompt <= 8:
-        return per_prompt * max(wanted // per_prompt, 1)
+        return per_prompt * min(max(round(wanted / per_prompt), 1), 8 // per_prompt)
     return wanted
 
 
@@ -192,7 +192,7 @@ def trajectory(
         raise ValueError("no sample has values along its trajectory: nothing to draw.")
     names = [n for n in INFO_PANELS if any(line.get("info", {}).get(n) for line in lines)]
     width = 6.4 if not names else 5.0 * (1 + len(names))
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
     axes = figure.subplots(1, 1 + len(names), squeeze=False)[0]
     spread(axes[0], [line["values"] for line in lines], SERIES[0], f"mean of {len(lines)} samples")
     for number, line in enumerate(some(lines, examples)):
@@ -225,7 +225,6 @@ def trajectory(
         )
     axes[0].set_title("Value along the trajectory", fontsize=11)
     axes[0].set_ylabel(label)
-    axes[0].legend(frameon=False, fontsize=9)
     for axis, name in zip(axes[1:], names, strict=True):
         title, logarithmic = INFO_PANELS[name]
         series = [line["info"][name] for line in lines if line.get("info", {}).get(name)]
@@ -239,6 +238,15 @@ def trajectory(
         axis.set_xlabel("noise level σ, from noise to image")
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=2 if len(axes) == 1 else 4,
+        frameon=False,
+        fontsize=10,
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -73,7 +73,7 @@ def test_pages(tmp_path: Path) -> None:
 def test_samples_of_a_prompt_stand_in_a_row() -> None:
     assert [grid_columns(n) for n in (1, 2, 4, 9, 64)] == [1, 2, 2, 3, 8]
     assert grid_columns(64, 4) == 8 and grid_columns(64, 3) == 6 and grid_columns(3, 3) == 3
-    assert grid_columns(64, 9) == 8
+    assert grid_columns(64, 9) == 8 and grid_columns(10, 2) == 4 and grid_columns(64, 5) == 5
 
 
 def test_oblong_images_keep_their_shape(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "stitched value",
         "Effective sample size of the particles",
     )
-    labels = [text.get_text() for text in value.get_legend().get_texts()]
+    labels = [text.get_text() for text in saved[0].legends[0].get_texts()]
     assert set(labels) == {
         "mean of 11 samples",
         "10 to 90 %",

@@ -12,6 +12,7 @@ from stitchvm.metrics.estimate import ratio
 from stitchvm.modules.report import describe_data, print_table, run_config
 from stitchvm.modules.sample_store import Line
 from stitchvm.pictures import grid, trajectory
+from stitchvm.plots import style_of
 from stitchvm.results import write_results
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def report(module: Sampling, lines: Sequence[Line]) -> list[dict[str, Any]]:
     pages = grid(lines, folder, folder / "grid.png", per_prompt=module.samples_per_prompt)
     written = [str(page) for page in pages]
     if any(line["values"] for line in lines):
-        label = "value" if estimator is None else f"{estimator} value"
+        label = "value" if estimator is None else f"{style_of([estimator])[estimator][0]} value"
         written.append(str(trajectory(lines, folder / "trajectory.png", label=label)))
     path = write_results(
         folder / "summary.json",

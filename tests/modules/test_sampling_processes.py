@@ -48,13 +48,13 @@ def interrupted(root: Path, number: int, more: int = 1) -> tuple[int, str, int]:
     """Runs a command, sends it a signal once it has sampled so much more; returns its end, its words, and the lines."""
     before = count(root)
     process = runs.start("predict", "--config", root.with_suffix(".yaml"))
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while count(root) < before + more and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
     try:
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
