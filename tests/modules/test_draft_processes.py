@@ -1,0 +1,135 @@
+"""DRaFT in real processes: killed and resumed, on two processes with DDP and with FSDP2."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.modules import alignment_runs, runs
+from tests.modules.alignment_runs import assert_close, assert_same
+from tests.modules.sampling_runs import value_model
+
+pytestmark = pytest.mark.slow
+
+FSDP2 = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def make(tiny_sd3, tiny_clip, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    value_model(tiny_sd3, tiny_clip, folder / "value")
+    stitched = {  # on the trained transformer, with gradients through its blocks
+        "value": {
+            "class_path": "stitchvm.values.stitched.StitchedFactory",
+            "init_args": {"path": str(folder / "value"), "share_generator": True},
+        },
+        "stop": [2, 3],
+        "backprop_steps": 2,
+    }
+
+    def config(
+        name: str,
+        strategy: Any = None,
+        max_steps: int = 5,
+        precision: str = "32-true",
+        **model: Any,
+    ) -> Path:
+        made = alignment_runs.draft_config(
+            tiny_sd3, tiny_clip, folder / name, **(stitched | model)
+        )
+        if precision != "32-true":
+            made["model"]["init_args"]["generator"]["init_args"]["dtype"] = "bfloat16"
+        made["trainer"] |= {"max_steps": max_steps, "precision": precision}
+        if strategy is not None:
+            made["trainer"] |= {"devices": 2, "strategy": strategy}
+        runs.write_config(made, folder / f"{name}.yaml")
+        return folder / name
+
+    return config
+
+
+def fit(root: Path, *arguments: str) -> dict[str, Any]:
+    runs.stitchvm("fit", "--config", root.with_suffix(".yaml"), *arguments)
+    return runs.checkpoint(root)
+
+
+@pytest.fixture(scope="module")
+def single(make):
+    """The uninterrupted run on one process."""
+    return fit(make("single"))
+
+
+def test_a_killed_run_resumes_bit_for_bit(make, single):
+    root = make("killed", max_steps=100_000)
+    process = runs.start("fit", "--config", root.with_suffix(".yaml"))
+    deadline = time.monotonic() + 240
+    wanted = root / "checkpoints"
+    while not list(wanted.glob("*step=3.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for later in wanted.glob("*.ckpt"):  # whatever came after step 3 before the signal did
+        if "step=3" not in later.name:
+            later.unlink()
+    make("killed")
+    three = next(wanted.glob("*step=3.ckpt"))
+    assert_same(single, fit(root, "--ckpt_path", str(three)))
+
+
+def test_last_resumes_and_another_lora_is_refused(make, single):
+    root = make("last", max_steps=3)
+    fit(root)
+    other = {"class_path": "stitchvm.adapters.lora.PolicyAdapters", "init_args": {"r": 3}}
+    make("last", policy=other)
+    refused = runs.start("fit", "--config", root.with_suffix(".yaml"), "--ckpt_path", "last")
+    output, _ = refused.communicate(timeout=240)
+    assert refused.returncode == 1 and "Traceback" not in output
+    assert "alpha 4.0 (here 64.0)" in output and "r 2 (here 3)" in output
+    make("last")
+    assert_same(single, fit(root, "--ckpt_path", "last"))
+
+
+def test_two_processes_with_ddp_equal_one(make, single):
+    assert_close(single, fit(make("ddp", strategy="ddp")))
+
+
+def test_two_processes_with_fsdp2_equal_one_and_checkpoints_are_exchanged(make, single):
+    root = make("fsdp", strategy=FSDP2, max_steps=3)
+    half = fit(root)
+    assert half["state_dict"] == {} and len(half["policy"]) == 2 * len(list(single["policy"])) // 2
+    make("fsdp")  # goes on with one process
+    assert_close(single, fit(root, "--ckpt_path", "last"))
+    root = make("ddp_first", strategy="ddp", max_steps=2)
+    fit(root)
+    make("ddp_first", strategy=FSDP2)
+    assert_close(single, fit(root, "--ckpt_path", "last"))
+
+
+def test_frozen_weights_in_bfloat16_on_shards(make, single):
+    """LoRA is float32 beside them; the updates are those of one process, up to what bfloat16 leaves."""
+    found = {}
+    for name, strategy in (("bf16", None), ("bf16_fsdp", FSDP2)):
+        made = make(name, strategy=strategy, precision="bf16-mixed", max_steps=2)
+        found[name] = fit(made)["policy"]
+    one, two = (
+        torch.cat(
+            [p.flatten() for k, p in each.items() if k.startswith("default") and "lora_B" in k]
+        )
+        for each in found.values()
+    )
+    assert one.dtype == torch.float32 and one.norm() > 0.1
+    assert torch.cosine_similarity(one, two, dim=0) > 0.95
