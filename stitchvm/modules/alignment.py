@@ -61,12 +61,7 @@ from torch import Tensor, nn
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.adapters.policy import Policy
 from stitchvm.generator import Generator
-from stitchvm.modules.alignment_checks import (
-    check_settings,
-    check_skipped,
-    check_trainer,
-    pixel_size,
-)
+from stitchvm.modules import alignment_checks as checks
 from stitchvm.modules.alignment_log import log_evaluation, report
 from stitchvm.modules.alignment_parts import AlignmentParts, levels
 from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
@@ -158,7 +153,7 @@ class Alignment(LeanCheckpoint):
         self.group_size, self.micro_batch = group_size, micro_batch
         self.num_steps, self.grid, self.shift = num_steps, grid, shift
         self.guidance_scale = guidance_scale
-        self.size = pixel_size(height, width)
+        self.size = checks.pixel_size(height, width)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.clip, self.ema_limit = warmup_steps, clip, ema_limit
         self.max_skipped = max_skipped
@@ -169,7 +164,7 @@ class Alignment(LeanCheckpoint):
         self.parts: AlignmentParts | None = None
         self.trained = nn.ParameterList()
         self._notes: dict[str, list[Tensor]] = defaultdict(list)
-        check_settings(self)
+        checks.check_settings(self)
 
     # -- what a method defines ---------------------------------------------------------------------
 
@@ -290,7 +285,7 @@ class Alignment(LeanCheckpoint):
         Raises:
             ValueError: If they do not go together, or with the Trainer's.
         """
-        check_trainer(self.trainer)
+        checks.check_trainer(self.trainer)
         self.check()
         # it suggests attributes of the name of a layer that is not here
         warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
@@ -344,7 +339,7 @@ class Alignment(LeanCheckpoint):
         means = {name: torch.cat(parts).mean() for name, parts in self._notes.items()}
         means |= {"loss": mean, "grad_norm": norm}  # of the last step
         report(self, means, len(rows) * world_size() / (time.perf_counter() - started))
-        check_skipped(self, norm)
+        checks.check_skipped(self, norm)
 
     def _step(self, loss: Tensor) -> Tensor:
         """Averages gradients over ranks and makes the step, unless something is not finite; returns their norm."""

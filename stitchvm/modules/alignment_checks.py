@@ -68,7 +68,7 @@ def check_skipped(module: Alignment, norm: Tensor) -> None:
     """Raises NotFiniteError if as many updates in a row have been skipped as may be."""
     if module.skipped_in_a_row >= module.max_skipped:
         raise NotFiniteError(
-            f"{module.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (the last one's norm "
-            f"was {float(norm)}): lower model.lr, look at the rewards in the logs, or run generator and reward in "
+            f"{module.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (the last one's "
+            f"norm was {float(norm)}): lower model.lr, look at the rewards in the logs, or run generator and reward in "
             "bfloat16 or float32."
         )
