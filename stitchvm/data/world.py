@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from stitchvm.data.base import Sample
 from stitchvm.data.benchmark import BenchmarkModule
 from stitchvm.data.module import DataModule
+from stitchvm.data.world_generated import generated_images
 from stitchvm.world.render import render
 from stitchvm.world.scenes import SIZE, SPLITS, Scene, keys, sample_scenes
 from stitchvm.world.scores import aesthetic_score, preference_groups
@@ -100,12 +101,55 @@ class SceneDataset(Dataset[Sample]):
         return samples
 
 
+class MixedDataset(Dataset[Sample]):
+    """Drawn pictures, with a share of generated images among them.
+
+    Arguments:
+        drawn: The drawn pictures.
+        generated: The generated images, uint8 with shape (N, 3, H, W).
+        share: The share of samples that are generated, spread evenly; they are gone through in order, again and again.
+    """
+
+    def __init__(self, drawn: SceneDataset, generated: np.ndarray, share: float) -> None:
+        self.drawn, self.generated, self.share = drawn, generated, share
+        self.resolution = drawn.resolution
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the drawn pictures' fingerprint, the share and the generated images."""
+        digest = hashlib.sha256(f"{self.drawn.fingerprint} {self.share}".encode())
+        digest.update(self.generated.tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Returns several samples, the drawn ones drawn together."""
+        taken = {i: int((i + 1) * self.share) - 1 for i in indices if self._is_generated(i)}
+        drawn = [i for i in indices if i not in taken]
+        samples = {s["index"]: s for s in self.drawn.__getitems__(drawn)} if drawn else {}
+        for i, n in taken.items():
+            pixels = torch.from_numpy(self.generated[n % len(self.generated)])
+            samples[i] = {"index": i, "pixels": pixels}
+        return [samples[i] for i in indices]
+
+    def _is_generated(self, index: int) -> bool:
+        return int((index + 1) * self.share) > int(index * self.share)
+
+
 class World(DataModule):
     """The world's images for distillation, without labels; validation images have `prompt` and `score`.
 
     Arguments:
         train_size: The number of training images.
         val_size: The number of validation images.
+        generated: How many images of the world's generator are among the training images (the part that HPDv2 plays);
+            they are made once, about 0.2 s each on a CPU, and kept (`stitchvm.data.world_generated`).
+        generated_share: The share of training samples that are such images.
         batch_size: Samples per batch and device.
         num_workers: Worker processes per loader; 0 is quickest on few cores, as drawing is cheap.
         seed: Fixes the images and their order.
@@ -115,6 +159,8 @@ class World(DataModule):
         self,
         train_size: int = 20000,
         val_size: int = 256,
+        generated: int = 0,
+        generated_share: float = 0.5,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -124,15 +170,25 @@ class World(DataModule):
         )
         self.train_size = train_size
         self.val_size = val_size
+        self.generated, self.generated_share = generated, generated_share
 
-    def fit_data(self) -> tuple[SceneDataset, SceneDataset]:
+    def fit_data(self) -> tuple[SceneDataset | MixedDataset, SceneDataset]:
         if min(self.train_size, self.val_size) < 1:
             raise ValueError(
                 f"train_size={self.train_size} and val_size={self.val_size} must be at least 1."
             )
-        train = SceneStream("train", self.train_size, self.seed)
-        val = SceneStream("tune", self.val_size, self.seed)
-        return SceneDataset(train), SceneDataset(val, labelled=True)
+        if self.generated < 0 or not 0 < self.generated_share <= 1:
+            raise ValueError(
+                f"generated={self.generated} and generated_share={self.generated_share}: expected 0 images or more and "
+                "a share in (0, 1]."
+            )
+        drawn = SceneDataset(SceneStream("train", self.train_size, self.seed))
+        val = SceneDataset(SceneStream("tune", self.val_size, self.seed), labelled=True)
+        if not self.generated:
+            return drawn, val
+        # the seed of the images is not that of the run: every run of the world shares them
+        images = generated_images(self.generated)
+        return MixedDataset(drawn, images, self.generated_share), val
 
 
 class WorldBenchmark(BenchmarkModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,13 +65,13 @@ class Meter:
 
 
 @contextmanager
-def out_of_memory_says(message: str) -> Iterator[None]:
+def out_of_memory_says(message: Callable[[], str]) -> Iterator[None]:
     """Raises MemoryError with a message in place of torch's own error when memory runs out."""
     try:
         yield
     except RuntimeError as error:  # a GPU has torch.OutOfMemoryError, a CPU only words
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(message) from error
+            raise MemoryError(message()) from error
         raise
 
 

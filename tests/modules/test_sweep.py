@@ -19,6 +19,7 @@ def line(index: int, seed: int, clip: float, hps: float, right: float = 1.0) -> 
         "info": {"update_rms": [[1.0, 0.1], [0.5, 0.3]]},
         "values": [],
         "seconds": 2.0,
+        "cpu_seconds": 2.0,
         "peak_memory_gib": 1.5,
     }
 
