@@ -58,7 +58,6 @@ def main() -> None:
                 *config("distill_world"),
                 "--trainer.default_root_dir",
                 str(stitched),
-                *("--model.stitch_point", "null"),  # what stage 1 found
                 *steps,
             ),
         ),
