@@ -85,6 +85,7 @@ class AlignmentParts:
         if module.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
         if mesh is not None:
+            check_equal_calls(held_out.sampler.micro_batch)
             adapters = policy if isinstance(policy, PolicyAdapters) else None
             shard_transformer(
                 generator.transformer, mesh, None if adapters is None else all_weights(adapters)
@@ -128,6 +129,15 @@ class AlignmentParts:
         if distinct and len(distinct) <= limit:
             with torch.no_grad():
                 self.generator.encode_ahead(distinct)
+
+
+def check_equal_calls(micro_batch: int | None) -> None:
+    """Raises ValueError if the ranks of a sharded transformer would call it unequally often in an evaluation."""
+    if micro_batch is not None:
+        raise ValueError(
+            f"model.evaluation.sampler.micro_batch = {micro_batch} with a sharded transformer: ranks with one prompt "
+            "more would make one call more, and wait for ever. Set it to null and lower data.batch_size."
+        )
 
 
 def levels(t: Tensor | float, z: Tensor) -> Tensor:
