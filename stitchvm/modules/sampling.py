@@ -41,6 +41,10 @@ from stitchvm.values.parts import ValueFactory
 from stitchvm.values.terminal import TerminalFactory
 
 ENCODED_AHEAD = 1024  # so many prompts' conditions are kept in memory, 3 MB each for SD 3.5
+LOADING = (
+    "out of memory while loading generator, value and rewards: load them in bfloat16 (dtype), leave out model.rewards "
+    "(`stitchvm test` scores the folder afterwards), or take a device with more memory."
+)
 
 
 class Sampling(LightningModule):
@@ -157,6 +161,7 @@ class Sampling(LightningModule):
 
     def on_predict_start(self) -> None:
         """Builds what is needed, checks it against the samples that are there, and opens the folder."""
+        stop_on_sigterm()  # the Trainer restores the handler before it when it ends
         # weights and gradients must not be inference tensors, whatever the Trainer's mode
         with torch.inference_mode(False), torch.no_grad():
             self._begin()
@@ -175,15 +180,15 @@ class Sampling(LightningModule):
 
     def _begin(self) -> None:
         self._accept(self._changed_prompts())
-        left = self._left(everywhere=True)
+        left, found = self._left(everywhere=True), {}
         if left is None or left:
-            self.parts = self.parts or SamplingParts.build(self)
-            self._accept(self.store.check(weights(self), "weights"))
+            self._build()
+            found = {"weights": weights(self)}
+            self._accept(self.store.check(found["weights"], "weights"))
         self.trainer.strategy.barrier("checked")
         if self.trainer.is_global_zero:
             if self.erases:
                 self.store.erase()
-            found = {"weights": weights(self)} if self.parts is not None else {}
             self.store.prepare(config=self.identity, **found)
         self.trainer.strategy.barrier("prepared")
         for notice in self.store.notices:
@@ -195,9 +200,15 @@ class Sampling(LightningModule):
             self._prepare_prompts([self.dataset[i]["prompt"] for i, _ in mine])
         self.meter = Meter(self.device)
         self.store.open(self.global_rank, self.trainer.world_size)
-        stop_on_sigterm()  # the Trainer restores the handler before it when it ends
         if self.bar is not None:
             self.bar.begin(None if mine is None else len(mine))
+
+    def _build(self) -> SamplingParts:
+        """Returns the networks, built when first asked for."""
+        if self.parts is None:
+            with out_of_memory_says(lambda: LOADING):
+                self.parts = SamplingParts.build(self)
+        return self.parts
 
     def _left(self, everywhere: bool = False) -> list[tuple[int, int]] | None:
         """Returns (index, seed) of what this process, or any, has still to sample; None if the loader does not tell."""
@@ -240,9 +251,9 @@ class Sampling(LightningModule):
         index, prompts = batch["index"].tolist(), list(batch["prompt"])
         if any((i, seed) not in self.done for i in index):
             streams = [sample_stream(seed, i) for i in index]
-            parts = self.parts = self.parts or SamplingParts.build(self)
+            parts = self._build()
             self.meter.start()
-            with out_of_memory_says(self._what_to_lower(parts, len(prompts))):
+            with out_of_memory_says(lambda: self._what_to_lower(parts, len(prompts))):
                 for prompt in dict.fromkeys(prompts):  # one at a time, as `encode_ahead` does
                     parts.generator.encode_prompts([prompt])
                 samples = self.sampler(
@@ -255,8 +266,8 @@ class Sampling(LightningModule):
                     on_step=self._on_step,
                 )
                 pixels = self._decode(samples.latents, prompts)
-            self.meter.stop()
-            self._keep(batch, seed, streams, samples, pixels)
+                self.meter.stop()
+                self._keep(batch, seed, streams, samples, pixels)
         return [self.done[i, seed] for i in index]
 
     def _on_step(self, record: Record) -> None:
@@ -340,7 +351,7 @@ class Sampling(LightningModule):
 
     def how_to_go_on(self) -> str:
         """Returns what is kept, and what to do, when a run was interrupted."""
-        kept = len(self.store.read())
+        kept = len(SampleStore(self.folder).read())
         return f"{kept} finished samples are kept in {self.folder}: the same command goes on from there."
 
     def _what_to_lower(self, parts: SamplingParts, prompts: int) -> str:

@@ -113,7 +113,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 def stitchvm(*arguments: str | Path) -> str:
     """Runs `stitchvm ARGUMENTS`, requires success and returns its output."""
     process = start(*arguments)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output
 

@@ -71,6 +71,14 @@ def test_out_of_memory_says_what_to_lower(failure, tiny_sd3, tmp_path) -> None:
     assert [line["index"] for line in lines(tmp_path / "run")] == [0, 1]
 
 
+def test_out_of_memory_while_loading(tmp_path) -> None:
+    def make() -> Generator:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(MemoryError, match=r"while loading .* \(dtype\)"):
+        predict(tmp_path, generator=make)
+
+
 def test_a_sample_that_is_not_finite_is_named(tiny_sd3, tmp_path) -> None:
     arguments = {"generator": generator(tiny_sd3), "prompts": PROMPTS}
     with pytest.raises(ValueError, match="the sample of 'a blue square' is not finite"):
