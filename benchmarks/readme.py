@@ -18,13 +18,12 @@ VALUES = {
     "hps": ("Preference: accuracy", "preference/"),
 }
 SHOWN = ("_text_r1", "_image_r1", "aesthetic/srcc", "preference/hpdv2")
-# images that were noised, what counts as truth, as the README says it
+# which images were noised, and what counts as truth
 TRUTHS = {
-    ("drawn", "draw"): "drawn images, against an exact draw of r given z_t",
-    ("drawn", "posterior"): "drawn images, against the grammar's own E[r given z_t]",
-    ("drawn", "rollouts"): "drawn images, against the generator's roll-outs",
-    ("null", "draw"): "the generator's images, against an exact draw of r given z_t",
-    ("null", "rollouts"): "the generator's images, against its roll-outs",
+    ("drawn", "draw"): "drawn images, an exact draw",
+    ("drawn", "posterior"): "drawn images, exact E[r given z_t]",
+    ("drawn", "rollouts"): "drawn images, roll-outs",
+    ("null", "draw"): "the generator's images, an exact draw",
 }
 
 
@@ -75,14 +74,23 @@ def truth() -> str:
     shown = [
         {**r, "truth": TRUTHS[r["images"], r["truth"]]}
         for r in records
-        if r["metric"] == "truth/r2" and r["text"] in ("none", "other")
+        if r["metric"] == "truth/r2"
+        and r["text"] in ("none", "other")
+        and (r["images"], r["truth"]) in TRUTHS
+        and r["estimator"] != "vae_stitch"
     ]
     table = records_to_markdown(shown, rows=("reward", "truth", "estimator"), digits=2)
     few = min((r["n"] for r in records if r["metric"] == "aesthetic/srcc"), default=0)
-    ranked = [r for r in records if r["metric"] == "aesthetic/srcc" and r["n"] == few]
+    ranked = [
+        r
+        for r in records
+        if r["metric"] == "aesthetic/srcc"
+        and r["n"] == few
+        and not r["estimator"].startswith("truth:")
+    ]
     ranks = records_to_markdown(ranked, rows=("metric", "estimator"), stderr=True)
     head = "**R² against the truth**, texts of another image where the reward reads text."
-    tail = f"SRCC with the true aesthetic score on the first {few} images, of the truths themselves too:"
+    tail = f"SRCC with the true aesthetic score on the first {few} images, the roll-outs' mean as an estimate:"
     return "\n\n".join([f"{head} {source(path)}", table, tail, ranks])
 
 

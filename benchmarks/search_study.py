@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from functools import partial
@@ -122,6 +123,17 @@ def correlations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return answer
 
 
+def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    """Writes cells and correlations."""
+    write_results(
+        args.output,
+        [*records, *correlations(records)],
+        command=" ".join(["python benchmarks/search_study.py", *sys.argv[1:]]),
+        extra={"steps": args.steps, "images": args.images},
+        overwrite=True,
+    )
+
+
 def main() -> None:
     """Measures what is missing, cell by cell, and writes after each."""
     warnings.filterwarnings("ignore")
@@ -155,8 +167,8 @@ def main() -> None:
             break
         record["quality"] = quality(record["i"], record["j"], args.steps, args.images, folder)
         print(f"(i, j) = ({record['i']}, {record['j']}): {record['quality']:.3f}", flush=True)
-        extra = {"steps": args.steps, "images": args.images}
-        write_results(args.output, [*records, *correlations(records)], extra=extra, overwrite=True)
+        write(args, records)
+    write(args, records)
     for r in correlations(records):
         print(
             f"{r['region']:<11}{r['criterion']:<16} rho {r['spearman']:+.2f} over {r['cells']} cells; "

@@ -12,7 +12,8 @@
 
 For any estimator V, E(V − draw)² = E(V − E[r | z_t])² + E Var[r | z_t], and the last term is the same for all of them:
 the draw ranks estimators by their error against the exact truth, without one roll-out, and cannot favour a generator.
-A stitched value is distilled on drawn images; Tweedie and Monte Carlo know the generator's law only.
+A stitched value is distilled on drawn images; Tweedie and Monte Carlo know the generator's law only. That holds for a
+text chosen without the image ("other"); an image's own caption knows the image, so "own" says nothing about the draw.
 
 For each: R², R² after the best affine map of the estimate, bias, the truth's own noise. Rewards with text score every
 image for its own caption and for another's. Beside it SRCC of the aesthetic estimates, and of the Monte Carlo truths
