@@ -36,10 +36,10 @@ METHODS = ("plain", "bon", "fks", "fks_stitched", "dps", "dps_stitched")
 SWEEPS: dict[
     str, tuple[str, tuple[float, ...]]
 ] = {  # the first setting is what gains are measured over
-    "fks": ("lam", (1.0, 2.0, 5.0, 10.0)),
-    "fks_stitched": ("lam", (1.0, 2.0, 5.0, 10.0)),
-    "dps": ("strength", (0.0, 0.2, 0.5, 1.0, 2.0)),
-    "dps_stitched": ("strength", (0.0, 0.2, 0.5, 1.0, 2.0)),
+    "fks": ("lam", (2.0, 5.0, 10.0)),
+    "fks_stitched": ("lam", (2.0, 5.0, 10.0)),
+    "dps": ("strength", (0.0, 0.2, 0.5, 1.0)),
+    "dps_stitched": ("strength", (0.0, 0.2, 0.5, 1.0)),
 }
 SCALING = {  # Figure 3: N particles of plain FK steering; N particles with M proposals of the stitched value
     "fks": [(2, 1), (4, 1), (8, 1), (14, 1)],
@@ -88,9 +88,11 @@ def sweep(method: str, reward: str, prompts: int, steps: int | None) -> tuple[st
     """Returns the parameter that scales the value and its best setting on the split "tune", swept first if need be.
 
     λ of FK steering and the strength of guidance: the paper tells neither. The best is that of the highest gain, the
-    average over the steering and the held-out rewards.
+    average over the steering and the held-out rewards. λ is in units of the values' spread, one choice for all rewards:
+    it is made with the first of `REWARDS`.
     """
     parameter, settings = SWEEPS[method]
+    reward = REWARDS[0] if parameter == "lam" else reward
     folder = RUNS / reward / f"sweep_{method}"
     if not (folder / "sweep.json").is_file():
         stitchvm(
