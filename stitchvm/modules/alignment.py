@@ -50,6 +50,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ from stitchvm.modules.alignment_state import export_policy, load_alignment, save
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
 from stitchvm.modules.held_out import Evaluation
+from stitchvm.modules.meter import out_of_memory_says
 from stitchvm.modules.ranks import world_size
 from stitchvm.modules.rows import Rows
 from stitchvm.modules.stages import Stages
@@ -236,16 +238,14 @@ class Alignment(LeanCheckpoint):
             t: Their level, a number or a tensor with shape () or (B,).
             cond: Their prompts' conditions.
         """
-        return self.generator.velocity(
-            z_t, levels(t, z_t), cond, guidance_scale=self.guidance_scale
-        )
+        g = self.guidance_scale
+        return self.generator.velocity(z_t, levels(t, z_t), cond, guidance_scale=g)
 
     def walk(self, z: Tensor, cond: Any, first: int, last: int) -> Tensor:
         """Returns the latents at σ_last from those at σ_first, by Euler steps, with or without gradients."""
         for k in range(first, last):
-            z = z + float(self.sigmas[k + 1] - self.sigmas[k]) * self.velocity(
-                z, self.sigmas[k], cond
-            )
+            dt = float(self.sigmas[k + 1] - self.sigmas[k])
+            z = z + dt * self.velocity(z, self.sigmas[k], cond)
         return z
 
     def score(self, rows: Rows, z: Tensor, tau: Tensor | float, name: str = "reward") -> Tensor:
@@ -294,8 +294,7 @@ class Alignment(LeanCheckpoint):
         """Builds the networks once."""
         if self.parts is not None:
             return
-        attached = self._trainer is not None
-        device = self.trainer.strategy.root_device if attached else self.device
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
         self.parts = AlignmentParts.build(self, device, mesh)
         self.stages = Stages(device)
@@ -325,6 +324,15 @@ class Alignment(LeanCheckpoint):
         started = time.perf_counter()
         rows = Rows.of(batch, self.group_size, self.seed, self.update, self.device)
         self._notes.clear()
+        with out_of_memory_says(partial(checks.what_to_lower, self)):
+            loss, norm = self._train(rows)
+        means = {name: torch.cat(parts).mean() for name, parts in self._notes.items()}
+        means |= {"loss": loss, "grad_norm": norm}  # of the last step
+        report(self, means, len(rows) * world_size() / (time.perf_counter() - started))
+        checks.check_skipped(self, norm)
+
+    def _train(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Makes the update's steps; returns loss and norm of the gradient of the last one."""
         rolled = self.rollout(rows)
         loss = torch.zeros((), device=self.device)
         for part in chain(self.micro_steps(rows, rolled), [None]):
@@ -335,11 +343,7 @@ class Alignment(LeanCheckpoint):
                 else:  # not manual_backward: nothing is exchanged before all are summed up
                     part.backward()
                     loss += part.detach()
-        del rolled
-        means = {name: torch.cat(parts).mean() for name, parts in self._notes.items()}
-        means |= {"loss": mean, "grad_norm": norm}  # of the last step
-        report(self, means, len(rows) * world_size() / (time.perf_counter() - started))
-        checks.check_skipped(self, norm)
+        return mean, norm
 
     def _step(self, loss: Tensor) -> Tensor:
         """Averages gradients over ranks and makes the step, unless something is not finite; returns their norm."""
@@ -363,7 +367,7 @@ class Alignment(LeanCheckpoint):
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    # -- held-out prompts ------------------------------------------------------------------------------
+    # -- what a user sees and keeps --------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Samples held-out prompts with the averaged policy and scores them."""
@@ -374,8 +378,6 @@ class Alignment(LeanCheckpoint):
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all prompts, and draws the first of them."""
         log_evaluation(self, *self._built.held_out.finish())
-
-    # -- what is kept ----------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the policy with its copies, counters, and what the method keeps."""

@@ -13,7 +13,7 @@ from stitchvm.schedule import sigma_grid
 if TYPE_CHECKING:
     from stitchvm.modules.alignment import Alignment
 
-__all__ = ["check_settings", "check_skipped", "check_trainer", "pixel_size"]
+__all__ = ["check_settings", "check_skipped", "check_trainer", "pixel_size", "what_to_lower"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -72,3 +72,14 @@ def check_skipped(module: Alignment, norm: Tensor) -> None:
             f"norm was {float(norm)}): lower model.lr, look at the rewards in the logs, or run generator and reward in "
             "bfloat16 or float32."
         )
+
+
+def what_to_lower(module: Alignment) -> str:
+    """Returns what to do when memory runs out."""
+    again = (
+        "" if module.gradient_checkpointing else ", or set model.gradient_checkpointing to true"
+    )
+    return (
+        f"out of memory in an update: lower model.micro_batch (now {module.micro_batch} images in a pass; the update "
+        f"stays the same){again}. Go on with --ckpt_path last."
+    )

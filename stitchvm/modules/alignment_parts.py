@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from stitchvm.adapters.full import PolicyWeights
@@ -78,6 +78,7 @@ class AlignmentParts:
         held_out = HeldOut(
             module.evaluation, parts, module.reward_factory, device, size, module.seed
         )
+        total = sum(p.numel() for p in generator.transformer.parameters())
         policy = module.policy_factory(generator.transformer, copies=module.copies)
         if isinstance(policy, PolicyWeights) and module.needs_frozen:
             policy.keep_base()
@@ -91,6 +92,11 @@ class AlignmentParts:
                 generator.transformer, mesh, None if adapters is None else all_weights(adapters)
             )
         sigmas = schedule(module, generator, size)
+        trained = sum(p.numel() for p in policy.parameters().values())
+        rank_zero_info(
+            f"{type(module).__name__} trains {trained / 1e6:.2f} M weights ({type(policy).__name__}) on the "
+            f"{total / 1e6:.0f} M of {generator.id}"
+        )
         return cls(generator, value, policy, held_out, size, sigmas, mesh is not None)
 
     def score(self, rows: Rows, z: Tensor, tau: Tensor | float) -> Scored:
@@ -127,6 +133,7 @@ class AlignmentParts:
             self.held_out.judges.check_prompts(known[-1])
         distinct = list(dict.fromkeys(prompt for each in known for prompt in each))
         if distinct and len(distinct) <= limit:
+            rank_zero_info(f"encoding {len(distinct)} prompts")
             with torch.no_grad():
                 self.generator.encode_ahead(distinct)
 
