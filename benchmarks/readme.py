@@ -107,7 +107,7 @@ def study() -> str:
     for r in content["records"]:
         if "spearman" in r:
             rows.append(
-                f"| {r['region']}, {r['cells']} | {r['criterion']} | {r['spearman']:+.2f} | "
+                f"| {r['region'].replace('whole grid', 'all j')}: {r['cells']} measured | {r['criterion']} | {r['spearman']:+.2f} | "
                 f"{tuple(r['chosen'])} | {r['quality_of_chosen']:.3f} | {r['best_quality']:.3f} |"
             )
     head = f"**Stage 1's criteria**, quality after {content['steps']} steps of stage 2 (mean R@1 over levels)."

@@ -30,8 +30,12 @@ DATA = {"clip": WorldRetrieval, "aesthetic": WorldAesthetic, "hps": WorldPrefere
 SHOWN = ("_text_r1", "_image_r1", "aesthetic/srcc", "preference/hpdv2")
 
 
-def ship(source: Path, target: Path, card: str) -> None:
+def ship(source: Path, target: Path, card: str, overwrite: bool) -> None:
     """Writes a value model with int8 matrices."""
+    if (target / "config.json").exists() and not overwrite:
+        raise SystemExit(
+            f"{target} is there already: results were measured on it; pass --overwrite"
+        )
     model = StitchedValueModel.from_pretrained(source)
     config = json.loads((source / "config.json").read_text())
     shutil.rmtree(target, ignore_errors=True)
@@ -91,13 +95,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=512, help="of the comparison, per level")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is shipped")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.rewards:
         run = Path(f"runs/world_values/{name}/stitched_{args.steps}_seed{args.seed}")
         source, target = run / "value_model", weights_folder() / f"value_{name}"
         config = json.loads((source / "config.json").read_text())
-        ship(source, target, model_card(config))
+        ship(source, target, model_card(config), args.overwrite)
         table = measured(Path(f"results/world/values_{name}.json"), args.steps)
         if args.images:
             compared = rounding(name, source, target, args.images)
