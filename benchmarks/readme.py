@@ -106,8 +106,9 @@ def study() -> str:
     content = read_results(path)
     for r in content["records"]:
         if "spearman" in r:
+            region = r["region"].replace("whole grid", "all j")
             rows.append(
-                f"| {r['region'].replace('whole grid', 'all j')}: {r['cells']} measured | {r['criterion']} | {r['spearman']:+.2f} | "
+                f"| {region}: {r['cells']} measured | {r['criterion']} | {r['spearman']:+.2f} | "
                 f"{tuple(r['chosen'])} | {r['quality_of_chosen']:.3f} | {r['best_quality']:.3f} |"
             )
     head = f"**Stage 1's criteria**, quality after {content['steps']} steps of stage 2 (mean R@1 over levels)."
