@@ -37,7 +37,9 @@ class Predict:
             file = store.save_image(f"{index}", np.zeros((4, 4, 3), np.uint8))
             rewards = {"clip": index + float(strength)}
             line = {"index": index, "seed": 0, "prompt": "a", "file": file, "rewards": rewards}
-            store.append(line | {"info": {}, "seconds": 1.0, "cpu_seconds": 1.0, "peak_memory_gib": 1.0})
+            store.append(
+                line | {"info": {}, "seconds": 1.0, "cpu_seconds": 1.0, "peak_memory_gib": 1.0}
+            )
         store.close()
         return 0, ""
 
