@@ -72,6 +72,7 @@ from stitchvm.modules.held_out import Evaluation
 from stitchvm.modules.meter import out_of_memory_says
 from stitchvm.modules.ranks import world_size
 from stitchvm.modules.rows import Rows
+from stitchvm.modules.sharding import sharded_mark
 from stitchvm.modules.stages import Stages
 from stitchvm.objectives.nft import ema_decay
 from stitchvm.rewards.base import Reward
@@ -117,7 +118,7 @@ class Alignment(LeanCheckpoint):
     """
 
     run_config: str | None = None  # set by the command line
-    pretrained_prefixes = ("trained.",)  # saved by name under "policy"
+    pretrained_prefixes = ("trained.", "mark")  # saved by name under "policy", or not at all
     copies: tuple[str, ...] = ("ema",)
     needs_frozen: bool = False
 
@@ -238,8 +239,7 @@ class Alignment(LeanCheckpoint):
             t: Their level, a number or a tensor with shape () or (B,).
             cond: Their prompts' conditions.
         """
-        g = self.guidance_scale
-        return self.generator.velocity(z_t, levels(t, z_t), cond, guidance_scale=g)
+        return self.generator.velocity(z_t, levels(t, z_t), cond, self.guidance_scale)
 
     def walk(self, z: Tensor, cond: Any, first: int, last: int) -> Tensor:
         """Returns the latents at σ_last from those at σ_first, by Euler steps, with or without gradients."""
@@ -299,6 +299,7 @@ class Alignment(LeanCheckpoint):
         self.parts = AlignmentParts.build(self, device, mesh)
         self.stages = Stages(device)
         self.trained.extend(self.parts.policy.parameters().values())
+        self.mark = None if mesh is None else sharded_mark(mesh)
         self.check_parts()
 
     @property
@@ -355,8 +356,7 @@ class Alignment(LeanCheckpoint):
             if self.clip is not None:
                 clip_gradients(weights, norm, self.clip)
             optimizer.step()
-            schedule: Any = self.lr_schedulers()
-            schedule.step()
+            self.lr_schedulers().step()
             self.skipped_in_a_row = 0
             step = self.trainer.global_step
             self.policy.update_ema(ema_decay(step, self.ema_limit))

@@ -52,6 +52,11 @@ def load_alignment(module: Alignment, checkpoint: dict[str, Any]) -> None:
     module.policy.load_state(checkpoint["policy"])
     module.skipped, module.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
     module.load_method_state(checkpoint["method_state"])
+    if module.mark is not None and isinstance(module.policy, PolicyAdapters):
+        # under FSDP2 the states are loaded by now, but those of whole weights mixed up among each other
+        states = checkpoint.get("optimizer_states", [])
+        for optimizer, state in zip(module.trainer.optimizers, states, strict=False):
+            optimizer.load_state_dict(state)
 
 
 def export_policy(module: Alignment, folder: str | Path, name: str, overwrite: bool) -> Path:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from stitchvm.value_model import StitchedValueModel
 
-__all__ = ["full_state", "shard_transformer", "shard_value_model"]
+__all__ = ["full_state", "shard_transformer", "shard_value_model", "sharded_mark"]
 
 
 def shard_value_model(model: StitchedValueModel, mesh: DeviceMesh) -> None:
@@ -55,6 +56,12 @@ def shard_transformer(
         inside = {p for block in blocks for p in block.parameters()}
         whole |= {p for p in transformer.parameters() if p not in inside}
     fully_shard(transformer, mesh=mesh, ignored_params=whole)
+
+
+def sharded_mark(mesh: DeviceMesh) -> nn.Parameter:
+    """Returns an unused weight in shards: Lightning reads a checkpoint only into a model that has one."""
+    zeros = torch.zeros(mesh.size(), device=mesh.device_type)
+    return nn.Parameter(distribute_tensor(zeros, mesh, [Shard(0)]), requires_grad=False)
 
 
 def full_state(model: StitchedValueModel) -> dict[str, Tensor]:

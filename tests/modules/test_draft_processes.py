@@ -108,10 +108,12 @@ def test_two_processes_with_ddp_equal_one(make, single):
 
 
 def test_two_processes_with_fsdp2_equal_one_and_checkpoints_are_exchanged(make, single):
-    root = make("fsdp", strategy=FSDP2, max_steps=3)
+    root = make("fsdp", strategy=FSDP2, max_steps=2)
     half = fit(root)
-    assert half["state_dict"] == {} and len(half["policy"]) == 2 * len(list(single["policy"])) // 2
-    make("fsdp")  # goes on with one process
+    assert half["state_dict"] == {} and half["policy"].keys() == single["policy"].keys()
+    make("fsdp", strategy=FSDP2, max_steps=4)  # on shards again, then with one process
+    fit(root, "--ckpt_path", "last")
+    make("fsdp")
     assert_close(single, fit(root, "--ckpt_path", "last"))
     root = make("ddp_first", strategy="ddp", max_steps=2)
     fit(root)
