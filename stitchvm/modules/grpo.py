@@ -111,13 +111,11 @@ class FlowGRPO(Alignment):
         self.kind, self.noise_level = kind, noise_level
         self.ratio_clip, self.adv_clip, self.kl = ratio_clip, adv_clip, kl
         self.grouping, self.inner_steps = Grouping(std, normalise), inner_steps
+        self.needs_frozen = kl > 0
 
     def check_parts(self) -> None:
-        """Raises ValueError if the value cannot be asked where roll-outs stop, or there is no frozen model."""
+        """Raises ValueError if the value cannot be asked where roll-outs stop."""
         check_value(self, self.stops.low)
-        if self.kl > 0:
-            with self.policy.off():  # raises where full fine-tuning keeps none
-                pass
 
     @torch.no_grad()
     def rollout(self, rows: Rows) -> GRPORollout:

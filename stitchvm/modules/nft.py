@@ -135,14 +135,12 @@ class DiffusionNFT(Alignment):
         self.adv_clip, self.mode = adv_clip, mode
         self.decay_type, self.inner_steps = decay_type, inner_steps
         self.rollout_batch = rollout_batch or self.micro_batch
+        self.needs_frozen = lam > 0
         self._last_step = True
 
     def check_parts(self) -> None:
-        """Raises ValueError if the value cannot be asked where roll-outs stop, or there is no frozen model."""
+        """Raises ValueError if the value cannot be asked where roll-outs stop."""
         check_value(self, self.window.low)
-        if self.lam > 0:
-            with self.policy.off():  # raises where full fine-tuning keeps none
-                pass
 
     @torch.no_grad()
     def rollout(self, rows: Rows) -> NFTRollout:

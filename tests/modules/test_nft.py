@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from stitchvm.adapters.full import PolicyWeights
 from stitchvm.data.prompts import Prompts
 from stitchvm.modules.nft import DiffusionNFT
-from stitchvm.objectives.nft import ema_decay, nft_loss, old_decay, velocity_nft_loss
+from stitchvm.objectives.nft import nft_loss, velocity_nft_loss
 from stitchvm.path import FlowPath
-from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.terminal import TerminalFactory
-from stitchvm.values.terms import Scored
 from stitchvm.values.tweedie import TweedieFactory
 from tests.modules import alignment_runs as runs
 from tests.modules.alignment_worlds import (
@@ -181,6 +175,55 @@ def test_weighted_velocity_is_the_velocity_form_times_the_variance(make):
     torch.testing.assert_close(found["weighted_velocity"], sigma**2 * found["velocity"])
 
 
+def test_the_value_never_sees_lora(make, tiny_sd3, tiny_clip):
+    """A Tweedie value asks the generator's own transformer: what it says is what the untouched generator says."""
+    tweedie = TweedieFactory(velocity="prompt")
+    module = moved(make(stop=[2, 3], value=tweedie))
+    some = rows(runs.PROMPTS[:2], 4)
+    rolled = module.rollout(some)
+    reward, generator = runs.reward(tiny_clip)(), runs.generator(tiny_sd3)()
+    from stitchvm.values.parts import Parts
+
+    value = tweedie(Parts(lambda: reward, lambda: generator)).bind(list(some.prompts))
+    with torch.no_grad():
+        clean = value(rolled.z_tau, rolled.tau.expand(8))
+    noted = torch.cat(module._notes["reward"])
+    torch.testing.assert_close(noted, clean, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        seen = module._built.value.bind(list(some.prompts))(rolled.z_tau, rolled.tau.expand(8))
+    assert (seen - clean).abs().max() > 1e-2, "the policy is too close to the frozen model to tell"
+
+
+def test_micro_batches_change_nothing(make):
+    """Three images at a time, or all: the same gradient up to rounding."""
+    some = rows(runs.PROMPTS[:2], 4)
+    gradients = []
+    for micro_batch, rollout_batch in ((3, 5), (None, None)):
+        torch.manual_seed(3)
+        module = moved(make(micro_batch=micro_batch, rollout_batch=rollout_batch, num_steps=3))
+        gradients.append(run(module, some)[2])
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-3, atol=1e-5)
+    assert max(g.abs().max() for g in gradients[0].values()) > 1e-3
+
+
+def test_two_ranks_are_one(make, monkeypatch):
+    """Two ranks with two prompts each: the groups of one with four, and its gradient as the mean of theirs."""
+    prompts = runs.PROMPTS[:4]
+    torch.manual_seed(3)
+    module = moved(make(num_steps=3))
+    whole, _, expected = run(module, rows(prompts, 4))
+    found = two_ranks(module, prompts, 4, monkeypatch)
+    for rank, (rolled, _) in enumerate(found):
+        part = slice(8 * rank, 8 * rank + 8)
+        torch.testing.assert_close(rolled.r, whole.r[part], rtol=1e-3, atol=1e-4)
+        assert torch.equal(rolled.levels, whole.levels[part])
+    for key, gradient in expected.items():
+        torch.testing.assert_close(
+            (found[0][1][key] + found[1][1][key]) / 2, gradient, rtol=2e-3, atol=1e-5
+        )
+
+
 # Against closed forms.
 
 
@@ -252,215 +295,18 @@ def test_the_policy_moves_towards_the_tilted_world(tmp_path, stop, form):
     assert torch.cosine_similarity(step, direction, dim=0) > 0.97
 
 
-# Steps, the old policy and the average.
-
-
-def test_the_old_policy_follows_by_its_schedule(make, tmp_path):
-    """θ_old and θ_ema after each of three updates, from the policies that training has gone through."""
-
-    class Watched(DiffusionNFT):
-        def after_step(self, step: int) -> None:
-            super().after_step(step)
-            path.append({name: self.policy.weights(name) for name in ("default", "old", "ema")})
-
-    path: list = []
-    module = make(group_size=2, num_steps=2, decay_type=1)
-    module.__class__ = Watched
-    module.configure_model()
-    start = module.policy.weights()
-    runs.fit(module, tmp_path, max_steps=3)
-    old, ema = start, start
-    for step, found in enumerate(path, 1):
-        theta = found["default"]
-        rho, d = old_decay(step, 1), ema_decay(step)
-        assert rho == 0.001 * step
-        old = {k: rho * old[k] + (1 - rho) * theta[k] for k in theta}
-        ema = {k: d * ema[k] + (1 - d) * theta[k] for k in theta}
-        for k in theta:
-            torch.testing.assert_close(found["old"][k], old[k])
-            torch.testing.assert_close(found["ema"][k], ema[k])
-    assert len(path) == 3 and any(
-        not torch.equal(path[0]["default"][k], path[2]["default"][k]) for k in old
-    )
-
-
-def test_inner_steps_share_the_images_and_the_old_policy_waits(make, tmp_path):
-    """Two optimiser steps an update: each image in one of them, half a group in each, old moved after the second."""
-    seen, moves = [], []
-
-    class Watched(DiffusionNFT):
-        def losses(self, some, cond, rolled, n):
-            seen.append(
-                (self.trainer.global_step, n, list(zip(some.index, some.number, strict=True)))
-            )
-            return super().losses(some, cond, rolled, n)
-
-        def after_step(self, step: int) -> None:
-            before = self.policy.weights("old")
-            super().after_step(step)
-            after = self.policy.weights("old")
-            moves.append(any(not torch.equal(before[k], after[k]) for k in before))
-
-    module = make(inner_steps=2, num_steps=2, decay_type=0)
-    module.__class__ = Watched
-    trainer = runs.fit(module, tmp_path, max_steps=4)
-    assert trainer.global_step == 4 and moves == [False, True, False, True]
-    for step in range(4):
-        images = [i for at, n, each in seen if at == step and n == 0 for i in each]
-        assert sorted(number for _, number in images) == [step % 2] * 4 + [2 + step % 2] * 4
-    updates = [
-        {i for at, _, each in seen if at in pair for i, _ in each} for pair in ((0, 1), (2, 3))
-    ]
-    assert len(updates[0]) == len(updates[1]) == 4 and updates[0] != updates[1]
-
-
-def test_micro_batches_change_nothing(make):
-    """One image at a time, or all: the same gradient up to rounding."""
-    some = rows(runs.PROMPTS[:3], 4)
-    gradients = []
-    for micro_batch, rollout_batch in ((1, 5), (None, None)):
-        torch.manual_seed(3)
-        module = moved(make(micro_batch=micro_batch, rollout_batch=rollout_batch))
-        gradients.append(run(module, some)[2])
-    for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-3, atol=1e-5)
-    assert max(g.abs().max() for g in gradients[0].values()) > 1e-3
-
-
-def test_two_ranks_are_one(make, monkeypatch):
-    """Two ranks with two prompts each: the groups of one with four, and its gradient as the mean of theirs."""
-    prompts = runs.PROMPTS[:4]
-    torch.manual_seed(3)
-    module = moved(make())
-    whole, _, expected = run(module, rows(prompts, 4))
-    found = two_ranks(module, prompts, 4, monkeypatch)
-    for rank, (rolled, _) in enumerate(found):
-        part = slice(8 * rank, 8 * rank + 8)
-        torch.testing.assert_close(rolled.r, whole.r[part], rtol=1e-3, atol=1e-4)
-        assert torch.equal(rolled.levels, whole.levels[part])
-    for key, gradient in expected.items():
-        torch.testing.assert_close(
-            (found[0][1][key] + found[1][1][key]) / 2, gradient, rtol=2e-3, atol=1e-5
-        )
-
-
-# Rewards.
-
-
-def test_normalised_terms_do_not_depend_on_their_scale(make, tiny_clip):
-    """Two rewards, one of them in other units: the same advantages with "group" and "global", others with "none"."""
-    some = rows(runs.PROMPTS[:3], 4)
-    rewards = {"one": runs.reward(tiny_clip)(), "two": runs.reward(tiny_clip)()}
-    z, tau = torch.zeros(12, 4, 8, 8), torch.tensor(0.0)
-    terms = {"one": torch.randn(12), "two": torch.randn(12)}
-    found = {}
-    for normalise in ("none", "group", "global"):
-        for scale in (1.0, 100.0):
-            module = make(
-                normalise=normalise,
-                reward=lambda: WeightedReward(copy.copy(rewards), {"one": 1.0, "two": 0.5}),
-            )
-            module.configure_model()
-            scaled = terms | {"two": scale * terms["two"]}
-            value = scaled["one"] + 0.5 * scaled["two"]
-            module.scored = lambda part, z, tau, v=value, s=scaled: Scored(
-                v[part.positions], {k: x[part.positions] for k, x in s.items()}
-            )
-            found[normalise, scale] = module.grouping.advantages(module, some, z, tau, 5)
-            assert float(module._notes["group_std/two"][0]) == pytest.approx(
-                float(torch.stack([x.std(correction=0) for x in scaled["two"].split(4)]).mean())
-            )
-    for normalise in ("group", "global"):
-        torch.testing.assert_close(found[normalise, 1.0], found[normalise, 100.0])
-    assert not torch.allclose(found["none", 1.0], found["none", 100.0], atol=0.1)
-    one, two = (torch.cat([x - x.mean() for x in terms[k].split(4)]) for k in ("one", "two"))
-    spread = [
-        (x.unflatten(0, (-1, 4)).std(1, correction=0)).repeat_interleave(4) for x in (one, two)
-    ]
-    R = one / spread[0] + 0.5 * two / spread[1]
-    torch.testing.assert_close(
-        found["group", 1.0], R / (R.std(correction=0) + 1e-4), rtol=1e-3, atol=1e-3
-    )
-
-
-def test_advantages_within_the_group(make):
-    module = moved(make(std="group"))
-    rolled = module.rollout(rows(runs.PROMPTS[:2], 4))
-    A = ((rolled.r - 0.5) * 10).unflatten(0, (2, 4))
-    torch.testing.assert_close(A.mean(1), torch.zeros(2), atol=1e-4, rtol=0)
-    # s + 1e-4 in the denominator, s about 0.05
-    torch.testing.assert_close(A.std(1, correction=0), torch.ones(2), rtol=0.1, atol=0)
-
-
-def test_the_value_never_sees_lora(make, tiny_sd3, tiny_clip):
-    """A Tweedie value asks the generator's own transformer: what it says is what the untouched generator says."""
-    tweedie = TweedieFactory(velocity="prompt")
-    module = moved(make(stop=[2, 3], value=tweedie))
-    some = rows(runs.PROMPTS[:2], 4)
-    rolled = module.rollout(some)
-    reward, generator = runs.reward(tiny_clip)(), runs.generator(tiny_sd3)()
-    from stitchvm.values.parts import Parts
-
-    value = tweedie(Parts(lambda: reward, lambda: generator)).bind(list(some.prompts))
-    with torch.no_grad():
-        clean = value(rolled.z_tau, rolled.tau.expand(8))
-    noted = torch.cat(module._notes["reward"])
-    torch.testing.assert_close(noted, clean, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        seen = module._built.value.bind(list(some.prompts))(rolled.z_tau, rolled.tau.expand(8))
-    assert (seen - clean).abs().max() > 1e-2, "the policy is too close to the frozen model to tell"
-
-
-def test_what_is_logged(make, tmp_path):
-    """The names the issue asks for, once an update, and a histogram of r."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    runs.fit(
-        make(num_steps=2),
-        tmp_path,
-        max_steps=2,
-        logger=TensorBoardLogger(str(tmp_path), name="", version=""),
-        log_every_n_steps=1,
-    )
-    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
-    events.Reload()
-    names = {"reward", "reward_std", "group_std", "zero_spread", "advantage_std", "adv_clipped"}
-    names |= {"r", "tau", "positive", "negative", "regulariser", "loss", "grad_norm"}
-    names |= {"distance_old", "distance_ema", "skipped"}
-    assert {f"train/{name}" for name in names} <= set(events.Tags()["scalars"])
-    assert {f"seconds/{name}" for name in ("rollout", "value", "update")} <= set(
-        events.Tags()["scalars"]
-    )
-    histograms = events.Histograms("train/r")
-    assert [h.step for h in histograms] == [0, 1]
-    assert histograms[0].histogram_value.num == 16 and 0 <= histograms[0].histogram_value.min < 0.5
+def test_field_world_is_what_it_says():
+    """The fakes: without a shift the field's roll-outs end in the world, and the value is the reward at τ = 0."""
+    module = in_a_world(DiffusionNFT, gaussian(), 50, group_size=2, lam=0.0)
+    assert isinstance(module.generator, FieldGenerator)
+    assert torch.allclose(mean_image(module).flatten(), torch.tensor([0.5, 0.3]), atol=0.1)
+    value = ExactFactory(gaussian(), linear())(None).bind(None)
+    z = torch.randn(3, 2, 1, 1)
+    found = value(z, torch.zeros(3))
+    torch.testing.assert_close(found.float(), (z * SLOPE).sum((1, 2, 3)), atol=1e-4, rtol=1e-4)
 
 
 # What cannot be.
-
-
-def test_a_reward_that_is_not_finite_skips_the_update(make, tmp_path):
-    """Weights, copies and counters stay; the next update goes on."""
-
-    class Broken(DiffusionNFT):
-        def scored(self, some, z, tau, name="reward"):
-            found = super().scored(some, z, tau, name)
-            return Scored(found.value * math.nan) if self.update == 1 else found
-
-        def after_step(self, step: int) -> None:
-            super().after_step(step)
-            states.append(self.policy.state())
-
-    states: list = []
-    module = make(group_size=2, num_steps=2)
-    module.__class__ = Broken
-    trainer = runs.fit(module, tmp_path, max_steps=3, max_epochs=-1)
-    assert trainer.global_step == 3 and module.skipped == 1 and len(states) == 3
-
-    plain = make(group_size=2, num_steps=2)
-    runs.fit(plain, tmp_path, max_steps=1)
-    runs.assert_equal(plain.policy.state(), states[0])
 
 
 @pytest.mark.parametrize(
@@ -492,48 +338,19 @@ def test_a_terminal_reward_before_the_end(make):
         make(stop=[2, 4], value=TerminalFactory()).configure_model()
 
 
-def test_full_fine_tuning_needs_a_frozen_model_for_what_asks_one(make):
-    with pytest.raises(ValueError, match="set the regulariser's weight to 0"):
-        make(policy=PolicyWeights).configure_model()
+def test_full_fine_tuning_keeps_the_frozen_model_for_the_regulariser():
+    """Every weight moved by 0.1: R = 0.01; without a weight for R no frozen model is in memory."""
+    module = in_a_world(DiffusionNFT, gaussian(), 4, group_size=4, lam=0.5)
+    with torch.no_grad():
+        module.policy.parameters()["shift"].add_(0.1)
+    run(module, rows(PROMPTS, 4))
+    torch.testing.assert_close(
+        torch.cat(module._notes["regulariser"]), torch.full((16 * 3,), 0.01), rtol=1e-4, atol=0
+    )
+    assert module.policy.copies == ("old", "ema", "base")
+    assert in_a_world(DiffusionNFT, gaussian(), 4, lam=0.0).policy.copies == ("old", "ema")
+
+
+def test_a_value_must_not_change_with_the_policy(make):
     with pytest.raises(ValueError, match="would change the value with the policy"):
         make(policy=PolicyWeights, lam=0.0, stop=[2, 3], value=TweedieFactory()).configure_model()
-
-
-def test_a_checkpoint_of_another_method_is_refused(make, tmp_path):
-    from stitchvm.modules.grpo import FlowGRPO
-
-    other = partial(FlowGRPO, window=1, bounds=[0, 2], group_size=2, num_steps=2, micro_batch=4)
-    nft = make(group_size=2, num_steps=2)
-    grpo = other(generator=nft.generator_factory, reward=nft.reward_factory, policy=runs.policy())
-    trainer = runs.fit(grpo, tmp_path, max_steps=1)
-    trainer.save_checkpoint(tmp_path / "grpo.ckpt")
-    with pytest.raises(ValueError, match=r"method FlowGRPO \(here DiffusionNFT\)"):
-        runs.fit(nft, tmp_path, ckpt_path=tmp_path / "grpo.ckpt")
-
-
-def test_resume_is_exact(make, tmp_path):
-    """Two updates, saved and taken up for two more, are four updates, bit for bit: policy, old, average, optimiser."""
-    settings = {"group_size": 2, "num_steps": 3, "inner_steps": 2}
-    files = []
-    for name, more in (
-        ("whole", {}),
-        ("resumed", {"ckpt_path": tmp_path / "whole" / "step=4.ckpt"}),
-    ):
-        kept = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=2, save_top_k=-1)
-        options = {"max_steps": 8, "callbacks": [kept], "enable_checkpointing": True}
-        runs.fit(make(**settings), tmp_path, **options, **more)
-        files.append(torch.load(tmp_path / name / "step=8.ckpt", weights_only=True))
-        torch.manual_seed(9)
-    runs.assert_same(*files)
-    assert files[0]["global_step"] == 8 and any("old." in key for key in files[0]["policy"])
-
-
-def test_field_world_is_what_it_says():
-    """The fakes: without a shift the field's roll-outs end in the world, and the value is the reward at τ = 0."""
-    module = in_a_world(DiffusionNFT, gaussian(), 50, group_size=2, lam=0.0)
-    assert isinstance(module.generator, FieldGenerator)
-    assert torch.allclose(mean_image(module).flatten(), torch.tensor([0.5, 0.3]), atol=0.1)
-    value = ExactFactory(gaussian(), linear())(None).bind(None)
-    z = torch.randn(3, 2, 1, 1)
-    found = value(z, torch.zeros(3))
-    torch.testing.assert_close(found.float(), (z * SLOPE).sum((1, 2, 3)), atol=1e-4, rtol=1e-4)
