@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -289,6 +290,22 @@ def test_held_out_prompts_are_scored_with_the_average_and_logged(tmp_path):
     assert by_hand("base") == pytest.approx(before.value, rel=1e-5)
     assert by_hand("ema") == pytest.approx(after.value, rel=1e-5)
     assert by_hand("default") != pytest.approx(after.value, rel=1e-5)
+
+
+def test_a_checkpoint_is_validated_with_its_own_average(tmp_path):
+    trained = evaluated(ema_limit=0.5)
+    runs.fit(trained, tmp_path, max_steps=2, **save_every_step(tmp_path / "saved"))
+    module = evaluated()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=str(tmp_path)
+    )
+    data = Prompts(prompts=runs.PROMPTS, batch_size=8)
+    (found,) = trainer.validate(module, data, ckpt_path=tmp_path / "saved" / "step=2.ckpt")
+    held_out = trained._built.held_out
+    with torch.no_grad(), trained.policy.use("ema"):
+        held_out.add({"index": torch.arange(8), "prompt": runs.PROMPTS})
+    wanted = held_out.finish()[0]
+    assert found["val/fake"] == pytest.approx(wanted["fake"], rel=1e-6)
 
 
 def test_early_stopping_on_a_held_out_reward(tmp_path):

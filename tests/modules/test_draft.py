@@ -307,3 +307,14 @@ def test_bad_networks_are_refused_before_training():
         DRaFT(num_steps=5, stop=[2, 4], lam=0.0, **terminal).configure_model()
     with pytest.raises(ValueError, match="Set lam to 0, or backprop_steps to 1"):
         DRaFT(num_steps=5, backprop_steps=2, **networks()).configure_model()
+
+
+def test_a_value_of_another_latent_space_is_refused_before_training(tiny_sd3):
+    from stitchvm.values.stitched import StitchedFactory
+
+    value = StitchedFactory("world:value_clip")
+    module = DRaFT(
+        generator=runs.generator(tiny_sd3), value=value, stop=[3, 7], policy=runs.policy()
+    )
+    with pytest.raises(ValueError, match="another latent space"):
+        module.configure_model()
