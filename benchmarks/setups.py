@@ -203,8 +203,15 @@ def random_sd3(
     return backbone
 
 
-def random_clip(name: str, resize_mode: str | None, device: torch.device, reduced: bool) -> Reward:
-    """Returns a reward on the vision tower of an open_clip architecture with random weights, float32."""
+def random_clip(
+    name: str,
+    resize_mode: str | None,
+    device: torch.device,
+    reduced: bool,
+    cls: type[OpenCLIPReward] = OpenCLIPReward,
+    **settings: Any,
+) -> OpenCLIPReward:
+    """Returns a reward on the vision tower of an open_clip architecture with random weights, float32 by default."""
     import open_clip
 
     config: dict[str, Any] = SMALL_CLIP if reduced else dict(open_clip.get_model_config(name))
@@ -216,7 +223,7 @@ def random_clip(name: str, resize_mode: str | None, device: torch.device, reduce
         raise ValueError("a random reward reads no text")
 
     loaded = LoadedCLIP(model, {"resize_mode": resize_mode}, no_tokenizer)
-    return OpenCLIPReward(loaded, id=f"random {name}", uses_text=False)
+    return cls(loaded, id=f"random {name}", uses_text=False, **settings)
 
 
 def random_vae(config: dict[str, Any], device: torch.device) -> VAE:
