@@ -13,7 +13,7 @@ from stitchvm.modules.report import describe_data, print_table, run_config
 from stitchvm.modules.sample_store import Line
 from stitchvm.pictures import grid, trajectory
 from stitchvm.plots import style_of
-from stitchvm.results import write_results
+from stitchvm.results import finite, write_results
 
 if TYPE_CHECKING:
     from stitchvm.modules.sampling import Sampling
@@ -52,7 +52,11 @@ def report(module: Sampling, lines: Sequence[Line]) -> list[dict[str, Any]]:
             "calls_per_sample": lines[-1]["calls"],
         },
     )
-    print_table(records, rows=("metric", "value", "stderr", "n"), column=None)
+    print_table(
+        [finite(record) for record in records],
+        rows=("metric", "value", "stderr", "n"),
+        column=None,
+    )
     seconds, memory = records[0]["seconds"], records[0]["peak_memory_gib"]
     print(
         f"{method}{f' with the {estimator} value' if estimator else ''}: {len(lines)} samples, {seconds:.3g} s each; "
