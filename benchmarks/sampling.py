@@ -13,7 +13,7 @@ generator three times: on paper, counted on the calls, and in measured time.
 
 Everything real on one H200, in under ten minutes (see `everything`):
 
-    python benchmarks/sampling.py --setup real --device cuda --minutes 9.5 --output results/h200/benchmark_sampling.json
+    python benchmarks/sampling.py --setup real --device cuda --minutes 9 --output results/h200/benchmark_sampling.json
 """
 
 from __future__ import annotations
@@ -139,6 +139,11 @@ def prepare(rig: Rig, repeats: int) -> tuple[Tuning, dict[str, tuple[float, floa
         return tuning, part_seconds(rig, repeats)
 
 
+def leave_devices() -> None:
+    """Keeps a process that only counts off the GPUs."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def everything(
     names: Sequence[str], device: torch.device, args: argparse.Namespace
 ) -> list[Record]:
@@ -147,7 +152,7 @@ def everything(
     With `--minutes`, no variant is begun after so long; those left out say so. All real setups take one H200 under ten
     minutes by their count (`--count`) at a third of its rate:
 
-        python benchmarks/sampling.py --setup real --device cuda --minutes 9.5 \\
+        python benchmarks/sampling.py --setup real --device cuda --minutes 9 \\
             --output results/h200/benchmark_sampling.json
     """
     deadline = time.perf_counter() + 60 * (args.minutes or float("inf"))
@@ -156,12 +161,12 @@ def everything(
     records: list[Record] = []
     with ExitStack() as stack:
         counting: list[Callable[[], Counts]]
-        if (
-            device.type == "cuda"
-        ):  # which would wait for the counts: forked now, before it is touched
-            context = multiprocessing.get_context("fork")
+        if device.type == "cuda":  # it would wait for the counts
+            context = multiprocessing.get_context("spawn")
             workers = min(len(setups), max(1, (os.cpu_count() or 2) // 2))
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+            pool = stack.enter_context(
+                ProcessPoolExecutor(workers, mp_context=context, initializer=leave_devices)
+            )
             counting = [pool.submit(counts, setup, args.only).result for setup in setups]
         elif device.type == "cpu":
             counting = [partial(in_own_process, partial(counts, s, args.only)) for s in setups]

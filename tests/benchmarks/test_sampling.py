@@ -52,6 +52,8 @@ def test_the_count_on_paper_is_that_of_the_calls(name):
         listed = [v for v in listed if v.checkpointing == "no"]
         if name == "sd35m_1024":
             listed += [*again, variant("DPS stitched, checkpointing blocks")]
+        elif name == "sd35l_512_hpsv2":
+            listed = [v for v in listed if v.estimator != "tweedie"]
         found = counted_units(rig, listed)
     for v, units in found.items():
         expected = paper.units(v)
