@@ -40,15 +40,18 @@ types: install ## mypy
 world: install ## Train every network of the embedded world from scratch (hours on 2 cores; resumes)
 	$(BIN)/python -m stitchvm.world.train --stage all
 
-bench: install ## Stage 1 and stage 2 on the world: images/s, its split, utilisation
+bench: install ## Stage 1, stage 2 and sampling on the world: rates, their split, utilisation
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/sampling.py
 
 results: install ## Everything the README shows of the world, then the README itself (hours; resumes)
 	$(BIN)/python -m stitchvm.world.gates
 	$(BIN)/python benchmarks/world_values.py
 	$(BIN)/python benchmarks/search_study.py
+	$(BIN)/python benchmarks/world_sampling.py
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/readme_sampling.py
 
 clean: ## Remove caches and runs/ (asks first)
 	@read -p "remove runs/ and caches? [y/N] " answer && [ "$$answer" = y ] && rm -rf runs .pytest_cache .ruff_cache .mypy_cache

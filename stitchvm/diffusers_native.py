@@ -16,6 +16,7 @@ Values see float32 latents (B, C, H, W), those of FLUX unpacked, and the level o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class _Pipeline:
         """Returns None."""
 
 
-class _Callback:
+class _Callback(ABC):
     """What both callbacks share: the value of the pipeline's latents for their prompts.
 
     Arguments:
@@ -99,11 +100,13 @@ class _Callback:
         changed = self._after(self._run, step, latents)
         return callback_kwargs if changed is None else callback_kwargs | {"latents": changed}
 
+    @abstractmethod
     def _begin(self, pipe: Any, run: Run) -> None:
-        raise NotImplementedError
+        """Prepares a run, after the pipeline's first step."""
 
+    @abstractmethod
     def _after(self, run: Run, step: int, latents: Tensor) -> Tensor | None:
-        raise NotImplementedError
+        """Returns the latents in place of those the pipeline made, or None to leave them."""
 
     def _start(self, pipe: Any, latents: Tensor) -> Run:
         """Returns a run on the pipeline's latents, levels and prompts."""
