@@ -28,6 +28,8 @@ from stitchvm.path import FlowPath
 from stitchvm.randomness import keyed_generator, keyed_normal
 from stitchvm.results import check_free
 from stitchvm.rewards.base import Reward
+from stitchvm.rewards.weighted import WeightedReward
+from stitchvm.spec import spec_of
 from stitchvm.vae import VAE
 from stitchvm.values.monte_carlo import MonteCarloValue
 from stitchvm.values.parts import Parts, ValueFactory
@@ -150,12 +152,24 @@ class ValueEvaluation(LightningModule):
         return Path(self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
-        """Builds estimators and parts, once."""
+        """Builds estimators and parts, once.
+
+        Raises:
+            ValueError: If the reward cannot do what the task asks of it, or estimators are of other rewards.
+        """
         if self.parts is not None:
             return
         parts = Parts(*self.part_factories)
         self.values = {name: factory(parts) for name, factory in self.factories.items()}
         self.reward = parts.reward
+        self.task.check_reward(self.reward)
+        for name, value in self.values.items():
+            if not same_reward(value.reward, self.reward):
+                raise ValueError(
+                    f"the estimator {name!r} values {value.reward.id}, but the reward of this evaluation is "
+                    f"{self.reward.id}: one evaluation measures one reward. Give `reward` as the estimator has it, or "
+                    "an evaluation of its own to each."
+                )
         self.vae = parts.vae if self.values else None
         self.truth: MonteCarloValue | None = None
         if self.truth_images:
@@ -301,6 +315,18 @@ class ValueEvaluation(LightningModule):
         scores = self.reward.score(each.flatten(0, 1), text).float().unflatten(0, each.shape[:2])
         half_a, half_b = (half.mean(dim=0) for half in scores.chunk(2))
         return chosen, half_a, half_b
+
+
+def same_reward(one: Reward, other: Reward) -> bool:
+    """Returns whether two rewards are one object, or sums of the same rewards with the same constants."""
+    if one is other:
+        return True
+    if not (isinstance(one, WeightedReward) and isinstance(other, WeightedReward)):
+        return False
+    constants = [(r.names, r.weights, r.means, r.stds) for r in (one, other)]
+    return constants[0] == constants[1] and all(
+        a is b or spec_of(a) == spec_of(b) for a, b in zip(one.parts, other.parts, strict=True)
+    )
 
 
 def _pixels(batch: dict[str, Any]) -> Tensor:

@@ -22,6 +22,7 @@ from stitchvm.metrics.correlation import SpearmanCorrelation
 from stitchvm.metrics.preference import PreferenceAccuracy
 from stitchvm.metrics.retrieval import RetrievalRecall
 from stitchvm.rewards.base import Reward
+from stitchvm.rewards.weighted import WeightedReward
 
 Encode = Callable[[list[str]], Tensor]
 
@@ -60,10 +61,20 @@ class Task(ABC):
                 f"a {self.name} evaluation needs the batch keys {missing}, but the data module gave "
                 f"{sorted(batch)}: choose a data module of this task."
             )
+        self.check_reward(reward)
+
+    def check_reward(self, reward: Reward) -> None:
+        """Raises ValueError if the reward cannot do what the task asks of it, before there are data."""
         if self.needs_text and not reward.uses_text:
             raise ValueError(
                 f"a {self.name} evaluation compares images with texts, but the reward {reward.id} reads no "
                 "text: choose a CLIP-like reward, or an aesthetic data set."
+            )
+        if self.needs_text and isinstance(reward, WeightedReward):
+            raise ValueError(
+                f"a {self.name} evaluation compares every image with every text by the product of their embeddings, "
+                f"but {reward.id} is a sum of rewards, which has no such product: evaluate each part by itself "
+                f"({', '.join(reward.names)}), or the sum on a preference or aesthetic data set."
             )
         if self.needs_text and not reward.affine:
             raise ValueError(

@@ -7,8 +7,8 @@ Any value over it is the sum of the values, at the price of one roll-out, one de
 Its image embedding is [ẽ_1, …, ẽ_K, 1]: unit embeddings side by side in homogeneous coordinates. Whoever brings it to
 unit length loses nothing (`score` divides by the last coordinate), and where every part is affine in ẽ_k the
 whole is, so that an average embedding has the average score. Its text embedding is the parts' text embeddings side by
-side. Two towers have no common block to cut at: value models are distilled for each part, and `WeightedValue` adds
-them up.
+side, with a 1 for the same reason. Two towers have no common block to cut at: value models are distilled for each part,
+and `WeightedValue` adds them up.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class WeightedReward(Reward):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Returns the text embeddings of the parts that read text, side by side, with shape (B, E).
+        """Returns the text embeddings of the parts that read text, side by side with a 1, with shape (B, E).
 
         Raises:
             ValueError: If no part reads text.
@@ -93,7 +93,7 @@ class WeightedReward(Reward):
             )
         texts = [reward.encode_text(prompts) for reward in readers]
         self._text_widths = [text.shape[-1] for text in texts]
-        return torch.cat(texts, dim=-1)
+        return torch.cat([*texts, texts[0].new_ones(len(texts[0]), 1)], dim=-1)
 
     def score(self, image: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns r with shape (B,) from what `embed` and `encode_text` returned, or from averages of the former.
@@ -139,12 +139,13 @@ class WeightedReward(Reward):
         if self._text_widths is None:
             self.encode_text([""])
         assert self._text_widths is not None
-        if text.ndim != 2 or text.shape[1] != sum(self._text_widths):
+        width = sum(self._text_widths) + 1
+        if text.ndim != 2 or text.shape[1] != width:
             raise ValueError(
-                f"{self.id} got text embeddings {tuple(text.shape)}, expected (B, {sum(self._text_widths)}): pass what "
-                "its encode_text returns."
+                f"{self.id} got text embeddings {tuple(text.shape)}, expected (B, {width}): pass what its encode_text "
+                "returns."
             )
-        pieces = iter(text.split(self._text_widths, dim=1))
+        pieces = iter((text[:, :-1] / text[:, -1:]).split(self._text_widths, dim=1))
         return {id(reward): next(pieces) if reward.uses_text else None for reward in distinct}
 
     def flops(self) -> int:

@@ -66,7 +66,7 @@ class Parts:
         if self._run is not None and self._run.has("reward"):
             _ = self._run.reward
         for reward in self._rewards:
-            if spec == spec_of(reward) | {"fingerprint": fingerprint(reward)}:
+            if described(spec, reward):
                 return reward
         return None
 
@@ -147,6 +147,11 @@ class ValueFactory(ABC):
     def sources(self) -> dict[str, str]:
         """Returns what it loads from disk or hub beyond the parts: names to paths or ids."""
         return {}
+
+
+def described(spec: dict[str, Any], reward: Reward) -> bool:
+    """Returns whether a spec with a fingerprint, as in `config.json` of a value model, is that of a reward."""
+    return spec == spec_of(reward) | {"fingerprint": fingerprint(reward)}
 
 
 def frozen(part: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from stitchvm.backbones.base import Backbone
 from stitchvm.backbones.loading import parse_dtype
 from stitchvm.rewards.base import Reward
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.vae import latent_scaling
 from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import (
@@ -23,7 +24,7 @@ from stitchvm.values.base import (
     match,
     same_level,
 )
-from stitchvm.values.parts import Parts, ValueFactory, frozen
+from stitchvm.values.parts import Parts, ValueFactory, described, frozen
 
 
 class StitchedValue(Value):
@@ -158,9 +159,10 @@ class StitchedFactory(ValueFactory):
     def __call__(self, parts: Parts) -> StitchedValue:
         """Returns the value; its reward becomes the run's if none is configured."""
         config = StitchedValueModel.read(self.path)
-        if parts.has("reward"):
-            reward: Reward | None = parts.reward
-        else:
+        reward: Reward | None = parts.reward if parts.has("reward") else None
+        if isinstance(reward, WeightedReward):  # of a sum of rewards, the part that was stitched
+            reward = next((r for _, r in reward.items() if described(config["reward"], r)), None)
+        if reward is None:
             reward = parts.known_reward(config["reward"])
         generator = parts.generator if self.share_generator else None
         backbone = parts.known_backbone(config)

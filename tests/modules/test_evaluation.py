@@ -14,6 +14,7 @@ from torch import Tensor
 from stitchvm.data.base import collate
 from stitchvm.modules.evaluation import ValueEvaluation
 from stitchvm.modules.tasks import TASKS
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.base import Value
 from stitchvm.values.monte_carlo import MonteCarloFactory
 from stitchvm.values.parts import Parts, ValueFactory
@@ -298,6 +299,60 @@ def test_bad_input_ends_with_a_message(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a vae"):
         run(tmp_path, Data("aesthetic"), vae=None)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def sum_of_rewards() -> WeightedReward:
+    rewards = {"a": FakeReward(), "b": FakeReward()}
+    torch.nn.init.normal_(rewards["b"].head.weight)
+    return WeightedReward(rewards, {"b": -0.5}, {"a": 2.0}, {"b": 4.0})
+
+
+def test_retrieval_of_a_sum_of_rewards_is_refused_before_any_work(tmp_path: Path) -> None:
+    data = Data("retrieval")
+    data.samples[0]["pixels"] = None  # would be looked at in the first batch
+    with pytest.raises(ValueError, match=r"is a sum of rewards.*each part by itself \(a, b\)"):
+        run(tmp_path, data, reward=sum_of_rewards)
+
+
+def test_a_sum_of_rewards_is_measured_where_a_score_is_enough(tmp_path: Path) -> None:
+    """Its unit texts score as its texts do: a sum of parts, neither of them shrunk by the other."""
+    torch.manual_seed(0)
+    reward, data = sum_of_rewards(), Data("aesthetic")
+    pixels = torch.stack([sample["pixels"] for sample in data.samples])
+    prompts = [f"1,{i},0,{-i}" for i in range(len(data.samples))]
+    r = reward(pixels, reward.encode_text(prompts))
+    for sample, prompt, score in zip(data.samples, prompts, r.tolist(), strict=True):
+        sample |= {"prompt": prompt, "score": score}
+    module = run(tmp_path, data, reward=lambda: reward, sigmas=[0.01], plot=False)
+    assert value(module.records, "aesthetic/srcc", None) == pytest.approx(1)
+    assert value(module.records, "aesthetic/srcc", 0.01) > 0.95
+
+
+class OtherFactory(ValueFactory):
+    """A value of a reward of its own."""
+
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    def __call__(self, parts: Parts) -> Value:
+        return Noisy(self.reward)
+
+
+def test_estimators_are_of_the_evaluations_reward(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data, one = Data("aesthetic"), sum_of_rewards()
+    for sample in data.samples:
+        sample["prompt"] = "1,0,0,0"
+    with pytest.raises(ValueError, match=r"'other' values .* measures one reward"):
+        run(tmp_path, data, {"other": OtherFactory(FakeReward())}, reward=FakeReward)
+    with pytest.raises(ValueError, match="one evaluation measures one reward"):
+        other = WeightedReward(dict(one.items()), {"b": 0.5}, {"a": 2.0}, {"b": 4.0})
+        run(tmp_path, data, {"other": OtherFactory(other)}, reward=lambda: one)
+    # the same sum in an object of its own, as a weighted value brings it along, is the same reward
+    again = WeightedReward(dict(one.items()), {"b": -0.5}, {"a": 2.0}, {"b": 4.0})
+    again.encode_text(["1,0,0,0"])  # the fake has no empty text to ask for widths
+    module = run(tmp_path, data, {"other": OtherFactory(again)}, reward=lambda: one, plot=False)
+    assert {record["estimator"] for record in module.records} == {"clean", "other"}
 
 
 def test_an_image_without_captions_is_named() -> None:

@@ -56,6 +56,7 @@ def test_text_reaches_the_parts_that_read_it() -> None:
     # of any length, as every reward's
     embedding = normalize(reward.embed(z).image, dim=-1)
     assert torch.allclose(reward.score(3 * embedding, text), wanted, atol=1e-6)
+    assert torch.allclose(reward.score(embedding, normalize(text, dim=-1)), wanted, atol=1e-4)
 
 
 def test_an_average_embedding_has_the_average_score() -> None:
@@ -142,8 +143,8 @@ def test_bad_arguments() -> None:
         reward.score(image[:, :-1], text)
     with pytest.raises(ValueError, match="compares images with text"):
         reward.score(image)
-    with pytest.raises(ValueError, match=r"text embeddings \(2, 3\), expected \(B, 4\)"):
-        reward.score(image, text[:, :3])
+    with pytest.raises(ValueError, match=r"text embeddings \(2, 4\), expected \(B, 5\)"):
+        reward.score(image, text[:, :-1])
     with pytest.raises(ValueError, match="reads no text"):
         WeightedReward({"a": FakeReward(uses_text=False)}).encode_text(["1,0,0,0"])
     for cut in (

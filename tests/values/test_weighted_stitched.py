@@ -216,6 +216,23 @@ def test_terms_take_the_runs_reward_where_it_is_theirs(
         )
 
 
+def test_a_value_model_finds_its_reward_in_the_runs_sum_of_rewards(
+    folders: dict[str, Path], tiny_clip: Path
+) -> None:
+    head = str(folders["clip"].parent / "head.pth")
+    rewards = {
+        "looks": lambda: AestheticReward(model=f"local-dir:{tiny_clip}", head=head),
+        "clip": lambda: clip_reward(tiny_clip),
+    }
+    parts = Parts(lambda: WeightedReward(rewards))
+    value = StitchedFactory(str(folders["clip"]))(parts)
+    assert value.reward is dict(parts.reward.items())["clip"]
+    # and brings its own where it is none of them
+    parts = Parts(lambda: WeightedReward({"looks": rewards["looks"]}))
+    value = StitchedFactory(str(folders["clip"]))(parts)
+    assert isinstance(value.reward, CLIPReward) and parts.reward.names == ["looks"]
+
+
 def test_a_yaml_file_builds_nothing_until_it_is_called(
     folders: dict[str, Path],
     tiny_clip: Path,
