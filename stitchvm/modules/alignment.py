@@ -44,7 +44,6 @@ strategy sees. Under FSDP2 the transformer's blocks are sharded, adapters are wh
 
 from __future__ import annotations
 
-import time
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
@@ -70,9 +69,9 @@ from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
 from stitchvm.modules.held_out import Evaluation
 from stitchvm.modules.meter import out_of_memory_says
-from stitchvm.modules.ranks import world_size
 from stitchvm.modules.rows import Rows
 from stitchvm.modules.sharding import sharded_mark
+from stitchvm.modules.spent import Spent
 from stitchvm.modules.stages import Stages
 from stitchvm.objectives.nft import ema_decay
 from stitchvm.rewards.base import Reward
@@ -164,6 +163,7 @@ class Alignment(LeanCheckpoint):
         self.evaluation = evaluation or Evaluation()
         self.seed = seed
         self.skipped = self.skipped_in_a_row = 0
+        self.spent = Spent()
         self.parts: AlignmentParts | None = None
         self.trained = nn.ParameterList()
         self._notes: dict[str, list[Tensor]] = defaultdict(list)
@@ -322,14 +322,14 @@ class Alignment(LeanCheckpoint):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Makes one update from this device's share of its prompts."""
-        started = time.perf_counter()
+        self.spent.start()
         rows = Rows.of(batch, self.group_size, self.seed, self.update, self.device)
         self._notes.clear()
         with out_of_memory_says(partial(checks.what_to_lower, self)):
             loss, norm = self._train(rows)
         means = {name: torch.cat(parts).mean() for name, parts in self._notes.items()}
         means |= {"loss": loss, "grad_norm": norm}  # of the last step
-        report(self, means, len(rows) * world_size() / (time.perf_counter() - started))
+        report(self, means, len(rows))
         checks.check_skipped(self, norm)
 
     def _train(self, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,14 @@ __all__ = ["export_policy", "load_alignment", "save_alignment"]
 
 
 def save_alignment(module: Alignment, checkpoint: dict[str, Any]) -> None:
-    """Adds the policy with its copies, counters, and what the method keeps; all ranks must call it."""
+    """Adds the policy with its copies, counters, the cost so far, and what the method keeps; all ranks must call it."""
     checkpoint["alignment"] = {
         "method": type(module).__name__,
         "policy": describe_policy(module.policy),
         "skipped": module.skipped,
         "skipped_in_a_row": module.skipped_in_a_row,
     }
+    checkpoint["spent"] = dict(module.spent.totals)
     checkpoint["policy"] = module.policy.state()
     checkpoint["method_state"] = module.method_state()
 
@@ -51,6 +52,10 @@ def load_alignment(module: Alignment, checkpoint: dict[str, Any]) -> None:
         )
     module.policy.load_state(checkpoint["policy"])
     module.skipped, module.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+    if (
+        "spent" in checkpoint
+    ):  # the first versions' checkpoints have no clock: from there on it counts from 0
+        module.spent.load(checkpoint["spent"])
     module.load_method_state(checkpoint["method_state"])
     if module.mark is not None and isinstance(module.policy, PolicyAdapters):
         # under FSDP2 the states are loaded by now, but those of whole weights mixed up among each other

@@ -1,4 +1,4 @@
-"""A generator whose velocity is a small trainable network, and values with known gradients, for closed forms."""
+"""A generator whose velocity is a small trainable network, values with known gradients, and DRaFT with both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stitchvm.adapters.full import PolicyWeights
+from stitchvm.modules.draft import DRaFT
+from stitchvm.modules.held_out import Evaluation
+from stitchvm.rewards.base import NotFiniteError
+from stitchvm.samplers.plain import PlainSampler
 from stitchvm.values.base import Generators, Value
 from stitchvm.values.parts import Parts, ValueFactory
 from stitchvm.values.terminal import TerminalValue
@@ -126,3 +130,34 @@ def networks(
         "value": Given(value or Sum()),
         "policy": PolicyWeights,
     }
+
+
+def draft(value: Sum | None = None, cls: type[DRaFT] = DRaFT, **settings: Any) -> DRaFT:
+    """Returns a small DRaFT on `networks`."""
+    defaults = {"num_steps": 3, "lam": 0.1, "lr": 0.05, "micro_batch": 3, "group_size": 2}
+    return cls(**(networks(Curved, value) | defaults | settings))
+
+
+def evaluated(**settings: Any) -> DRaFT:
+    """Returns one whose held-out prompts are scored by a fake reward."""
+    sampler = PlainSampler(num_steps=2, guidance_scale=1.0, grid="single")
+    rewards = {"fake": partial(FakeReward, uses_text=False)}
+    return draft(evaluation=Evaluation(rewards, sampler=sampler, pictures=3), **settings)
+
+
+class Broken(Sum):
+    """Fails in one way or the other when it is asked for the n-th time, counted from 0."""
+
+    def __init__(self, kind: str, *when: int) -> None:
+        super().__init__()
+        self.kind, self.when = kind, when
+
+    def score(self, image: Tensor, text: Tensor | None = None) -> Tensor:
+        v = image[:, 0]
+        if len(self.asked) - 1 not in self.when:
+            return v
+        if self.kind == "error":
+            raise NotFiniteError("the reward is not finite")
+        if self.kind == "value":
+            return torch.where(torch.arange(len(v)) == 0, torch.nan, v)
+        return v + (0 * v).sqrt()  # finite, but not its gradient

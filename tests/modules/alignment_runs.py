@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.data.prompts import Prompts
@@ -51,6 +52,25 @@ def fit(module: Alignment, root: Path, **trainer: Any) -> Trainer:
     made = Trainer(accelerator="cpu", devices=1, default_root_dir=str(root), **options)
     made.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return made
+
+
+def save_every_step(root: Path) -> dict[str, Any]:
+    """Returns what makes `fit` keep a checkpoint of every step in a folder."""
+    callback = ModelCheckpoint(root, "{step}", every_n_train_steps=1, save_top_k=-1)
+    return {"enable_checkpointing": True, "callbacks": [callback]}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint, read the safe way."""
+    return torch.load(path, weights_only=True)
+
+
+def scalars(root: Path) -> Any:
+    """Returns TensorBoard's reader of a run's folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(root))
+    return found.Reload()
 
 
 def draft_config(sd3: Path, clip: Path, root: Path, **model: Any) -> dict[str, Any]:

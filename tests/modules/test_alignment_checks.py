@@ -1,0 +1,59 @@
+"""Settings, trainers and prompts that alignment refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stitchvm.data.prompts import Prompts
+from stitchvm.modules.alignment_checks import check_trainer
+from tests.modules import alignment_runs as runs
+from tests.modules.alignment_fakes import draft
+
+BAD = [
+    ({"group_size": 0}, "group_size = 0"),
+    ({"micro_batch": 0}, "micro_batch = 0"),
+    ({"max_skipped": 0}, "max_skipped = 0"),
+    ({"lr": 0.0}, "lr = 0.0"),
+    ({"clip": 0.0}, "clip = 0.0"),
+    ({"ema_limit": 1.5}, "ema_limit = 1.5"),
+    ({"height": 64}, "height = 64, width = None"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=lambda x: str(x)[:30])
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        draft(**settings)
+
+
+def test_trainers_that_cannot_be():
+    def trainer(precision: str, kind: str) -> Any:
+        return SimpleNamespace(precision=precision, strategy=type(kind, (), {})())
+
+    check_trainer(trainer("bf16-mixed", "DDPStrategy"))
+    with pytest.raises(ValueError, match=r"precision = 16-mixed: expected one of 32-true, bf16-m"):
+        check_trainer(trainer("16-mixed", "DDPStrategy"))
+    with pytest.raises(ValueError, match="is a FSDPStrategy: expected one device, ddp, or Model"):
+        check_trainer(trainer("32-true", "FSDPStrategy"))
+
+
+def test_prompts_that_cannot_be_divided():
+    data = Prompts(prompts=runs.PROMPTS, prompts_per_update=6)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"rank": 0, "num_replicas": 4})
+    with pytest.raises(ValueError, match=r"6 on 4 devices.*Take 3 devices, or 8 prompts"):
+        data.setup("fit")
+    data.trainer.distributed_sampler_kwargs["num_replicas"] = 3
+    data.trainer.callbacks = []
+    data.setup("fit")
+    assert data.train_dataloader().batch_sampler.batch_size == 2
+    with pytest.raises(ValueError, match="prompts_per_update = 0"):
+        Prompts(prompts=runs.PROMPTS, prompts_per_update=0)
+
+
+def test_more_prompts_in_an_update_than_there_are(tmp_path):
+    data = Prompts(prompts=runs.PROMPTS, prompts_per_update=16)
+    with pytest.raises(ValueError, match="8 samples, fewer than one global batch of 16"):
+        runs.fit(draft(), tmp_path, data=data)
