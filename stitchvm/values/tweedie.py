@@ -17,7 +17,9 @@ only what is missing. Network calls of a guided step of a CFG sampler, forward +
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,8 +83,8 @@ class TweedieValue(Value):
         velocity: The u of Eq. (22): "null", "prompt" or "cfg" (see above).
         guidance_scale: g of "cfg"; the generator's own by default.
         checkpointing: Whether the denoiser, as a whole, and the decoder's blocks are run again in the backward pass
-            instead of keeping their activations. A generator made with `gradient_checkpointing` repeats its blocks
-            one by one in any case, and then not as a whole.
+            instead of keeping their activations; the VAE stays as it was. A generator made with
+            `gradient_checkpointing` repeats its blocks one by one in any case, and then not as a whole.
 
     Raises:
         ValueError: If `velocity` is unknown, or a scale is given for one without guidance.
@@ -107,10 +109,6 @@ class TweedieValue(Value):
             )
         self.generator, self.velocity = generator, velocity
         self.guidance_scale, self.checkpointing = guidance_scale, checkpointing
-        # the decoder is last: to repeat it as a whole would keep all the same
-        decoder: Any = getattr(generator.vae, "network", None)
-        if checkpointing and hasattr(decoder, "enable_gradient_checkpointing"):
-            decoder.enable_gradient_checkpointing()
 
     def embed(
         self,
@@ -157,7 +155,10 @@ class TweedieValue(Value):
         else:
             u, direction = run(z_t)
         clean = FlowPath.denoise(z_t, u, t)
-        return self.reward.embed(self.generator.vae.decode(clean)).image, u, direction
+        # the decoder is last: to repeat it as a whole would keep all the same
+        with checkpointed(self.generator.vae) if self.checkpointing else nullcontext():
+            pixels = self.generator.vae.decode(clean)
+        return self.reward.embed(pixels).image, u, direction
 
     def _velocity(self, z_t: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor | None]:
         if self.velocity != "cfg":
@@ -204,6 +205,30 @@ class BoundTweedie(BoundEstimator):
         _, text = match(self.prompts, self.text, len(z_t))
         image, u, direction = self.value.look(z_t, t, cond)
         return self.value.score(image, text), u, direction
+
+
+@contextmanager
+def checkpointed(vae: Any) -> Iterator[None]:
+    """Lets a VAE's decoder run its blocks again in the backward pass of what it decodes here, and nowhere else.
+
+    The decoder alone is told: were its middle block told, too, as diffusers does, the repetition, which comes after the
+    context has ended, would keep other tensors than the first run, and fail.
+    """
+    decoder: Any = getattr(getattr(vae, "network", None), "decoder", None)
+    if getattr(
+        decoder, "gradient_checkpointing", True
+    ):  # it has no such blocks, or does so anyway
+        yield
+        return
+    decoder.gradient_checkpointing = True
+    decoder._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        decoder.gradient_checkpointing = False
+        del (
+            decoder._gradient_checkpointing_func
+        )  # diffusers sets one whenever it switches the flag on
 
 
 def condition(generator: VelocityModel, prompts: Sequence[str] | None) -> Any:

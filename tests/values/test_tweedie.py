@@ -13,7 +13,7 @@ from stitchvm.generator import Generator
 from stitchvm.path import FlowPath
 from stitchvm.rewards.clip import CLIPReward
 from stitchvm.values.parts import Parts
-from stitchvm.values.tweedie import TweedieFactory, TweedieValue
+from stitchvm.values.tweedie import TweedieFactory, TweedieValue, checkpointed
 from tests.values.fakes import ClosedFormReward, WorldGenerator, known, mixture
 
 G = 2.5
@@ -142,6 +142,42 @@ def test_checkpointing_keeps_less_and_changes_nothing(tiny_sd3: Path, tiny_clip:
     assert torch.allclose(gradients["whole"], gradients["nothing"], rtol=1e-4, atol=1e-7)
     assert torch.allclose(gradients["blocks"], gradients["nothing"], rtol=1e-4, atol=1e-7)
     assert kept["whole"] < kept["blocks"] < 0.7 * kept["nothing"]
+
+
+def settings(*parts: torch.nn.Module) -> list[Any]:
+    """Returns everything about networks that is neither a weight nor a submodule, and what their weights are."""
+    plain = (bool, str, int, float)
+    return [
+        (
+            name,
+            {k: v for k, v in vars(module).items() if isinstance(v, plain)},
+            "_gradient_checkpointing_func" in vars(module),
+            [(p.requires_grad, p.dtype) for p in module.parameters(recurse=False)],
+        )
+        for part in parts
+        for name, module in part.named_modules()
+    ]
+
+
+def test_a_value_leaves_what_it_shares_as_it_was(tiny_sd3: Path, tiny_clip: Path) -> None:
+    generator = Generator(str(tiny_sd3), text_tokens=12, guidance_scale=4.5)
+    reward = CLIPReward(model=f"local-dir:{tiny_clip}")
+    generator.transformer.proj_out.weight.requires_grad_(True)  # as of a policy in training
+    before = settings(generator, reward)
+    value = TweedieValue(generator, reward, velocity="cfg", checkpointing=True)
+    bound, t = value.bind(["a red circle"]), torch.tensor([0.4])
+    z_t = torch.randn(1, 4, 8, 8, requires_grad=True)
+    v = bound(z_t, t)
+    assert settings(generator, reward) == before
+    torch.autograd.grad(v.sum(), z_t)
+    with pytest.raises(ValueError, match="for the VAE of"), checkpointed(generator.vae):
+        generator.vae.decode(torch.randn(1, 3, 8, 8))
+    assert settings(generator, reward) == before
+    # a decoder that its owner has checkpointed stays so
+    generator.vae.network.enable_gradient_checkpointing()
+    before = settings(generator, reward)
+    torch.autograd.grad(bound(z_t, t).sum(), z_t)
+    assert settings(generator, reward) == before
 
 
 def test_errors_say_what_is_wrong() -> None:
