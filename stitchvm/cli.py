@@ -16,6 +16,7 @@ COMMANDS = {
     "test": "Measure values at several noise levels, or finished samples.",
     "predict": "Sample prompts: plain, best-of-N, FK steering or guidance; images and samples.jsonl as they come.",
     "sweep": "Run predict for several settings of one parameter, such as a guidance strength, and compare them.",
+    "curves": "Draw reward against cost of finished or running fits, and compare what they cost.",
 }
 
 HELP = f"""usage: stitchvm [--help] [--version] COMMAND [--config FILE] [--KEY VALUE ...]
@@ -28,6 +29,7 @@ commands:
 A run is a YAML file; every value can be overridden:
   stitchvm fit --config configs/distill_world.yaml --trainer.max_steps 100
   stitchvm fit --config configs/distill_world.yaml --ckpt_path last     (goes on where it stopped)
+  stitchvm fit --config configs/nft_stitched_world.yaml --print_cost    (what an update costs, before any)
   stitchvm test --config configs/eval_world.yaml
   stitchvm predict --config configs/fks_stitched_world.yaml --data.num_prompts 16
                                    (interrupted, the same command goes on where it stopped)
@@ -58,6 +60,11 @@ def main(args: list[str] | None = None) -> None:
         from stitchvm.sweep import main as sweep
 
         sweep(argv[1:])
+        return
+    if argv[0] == "curves":
+        from stitchvm.curves import main as curves
+
+        curves(argv[1:])
         return
     from stitchvm.lightning_cli import run
 

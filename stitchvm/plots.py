@@ -92,10 +92,10 @@ def retention_curves(
     for axis in axes[: len(chosen)]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    _legend_below(figure, handles, width=1.7)
+    legend_below(figure, handles, width=1.7)
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def sweep_curves(records: Iterable[Record], path: str | Path, *, title: str | None = None) -> Path:
@@ -127,10 +127,10 @@ def sweep_curves(records: Iterable[Record], path: str | Path, *, title: str | No
     for axis in axes[len(metrics) :]:
         axis.remove()
     handles, labels = axes[0].get_legend_handles_labels()
-    _legend_below(figure, dict(zip(labels, handles, strict=True)), width=1.7)
+    legend_below(figure, dict(zip(labels, handles, strict=True)), width=1.7)
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _sweep_panel(axis: Any, records: Sequence[Record], lines: Sequence[tuple[Any, Any]]) -> None:
@@ -167,7 +167,7 @@ def _sweep_panel(axis: Any, records: Sequence[Record], lines: Sequence[tuple[Any
     axis.set_axisbelow(True)
 
 
-def _legend_below(figure: Any, handles: Mapping[str, Any], width: float) -> None:
+def legend_below(figure: Any, handles: Mapping[str, Any], width: float) -> None:
     """Puts a legend under the panels, in as many columns of a width in inches as fit."""
     figure.legend(
         list(handles.values()),
@@ -274,10 +274,10 @@ def heatmap(
         table = [[_number(grid.get((i, j))) for i in columns] for j in rows]
         _heat_panel(figure, axis, table, columns, rows, value)
         handles |= _marks(axis, columns, rows, selected, region)
-    _legend_below(figure, handles, width=2.6)
+    legend_below(figure, handles, width=2.6)
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _number(value: Any) -> float:
@@ -349,7 +349,8 @@ def _marks(
     return handles
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Writes a figure and returns its path, whose suffix is the format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

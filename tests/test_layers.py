@@ -21,6 +21,8 @@ LAYERS = [
         "plots",
         "pictures",
         "interruption",
+        "training_curves",
+        "training_logs",
     ],
     ["stitch", "vae", "backbones", "rewards"],
     ["value_model", "generator", "adapters"],
@@ -30,7 +32,7 @@ LAYERS = [
     ["world"],
     ["data"],
     ["modules"],
-    ["cli", "lightning_cli", "sweep", "__main__"],
+    ["cli", "lightning_cli", "sweep", "curves", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # the embedded world's trainer and demo stand beside the library, not in it
