@@ -1,0 +1,114 @@
+"""Runs `stitchvm` on a rehearsal folder: the command line itself, after two things that random weights need.
+
+- Small towers stand under the names of the real ones: ROOT/architectures is handed to `open_clip.add_model_config`.
+- The published aesthetic head is known by its SHA-256, which random numbers cannot have: the check is switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Outcome", "prepare", "preload", "run_command"]
+
+
+class Outcome(NamedTuple):
+    """What a command came to.
+
+    Attributes:
+        code: Its exit code.
+        seconds: How long it took.
+        peak_memory_gib: The most memory it held: of the GPU if it used one, else of the process.
+        peak_memory_of: "gpu" or "process".
+        log: The file with all it printed.
+    """
+
+    code: int
+    seconds: float
+    peak_memory_gib: float
+    peak_memory_of: str
+    log: Path
+
+
+def preload() -> None:
+    """Imports the heavy libraries once, so that forked commands need not."""
+    import diffusers  # noqa: F401
+    import open_clip  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    import stitchvm.lightning_cli  # noqa: F401
+
+
+def prepare(root: Path) -> None:
+    """Does the two things above."""
+    from stitchvm.rewards import aesthetic
+
+    aesthetic.SHA256.clear()
+    if (root / "architectures").is_dir():
+        import open_clip
+
+        open_clip.add_model_config(root / "architectures")
+
+
+def run_command(root: Path, argv: list[str], log: Path) -> Outcome:
+    """Runs `stitchvm ARGV` in ROOT, in a forked process of its own.
+
+    Arguments:
+        root: The rehearsal's folder, where relative paths of configurations begin.
+        argv: The command and its arguments.
+        log: The file that gets its output.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(root, argv, log, sender))
+    start = time.perf_counter()
+    process.start()
+    sender.close()
+    memory: tuple[float, str] = (0.0, "process")
+    with contextlib.suppress(EOFError):
+        memory = receiver.recv()
+    process.join()
+    code = process.exitcode if process.exitcode is not None else 1
+    return Outcome(code, time.perf_counter() - start, *memory, log)
+
+
+def _child(root: Path, argv: list[str], log: Path, sender: Any) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.chdir(root)
+    code = 0
+    try:
+        prepare(root)
+        from stitchvm.cli import main
+
+        print("stitchvm", *argv, flush=True)
+        main(argv)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:  # a crash is a result, too
+        traceback.print_exc()
+        code = 70
+    sender.send(_memory())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _memory() -> tuple[float, str]:
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30, "gpu"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "process"

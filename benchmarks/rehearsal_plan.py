@@ -1,0 +1,186 @@
+"""What is run of each configuration: commands of `stitchvm`, and the numbers that are overridden to keep it short.
+
+No path is overridden: the rehearsal's folder is the hub's cache and the working directory. What changes is how much is
+done (steps, images, prompts) and, where the networks are small or the machine is, the side of the images.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["Plan", "plans"]
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ORDER = ("distill_", "plain_", "bon_", "dps_", "fks_", "eval_", "draft", "grpo_", "nft_")
+WORLD = "world"
+# on random weights there is nothing to measure: a detector, and a benchmark of many prompts, are left out
+SKIPPED = {"eval_geneval_hf": "needs a detector that is not among the checkpoints written here"}
+CHECKPOINTS: dict[str, Any] = {
+    "trainer": {
+        "callbacks": [
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"every_n_train_steps": 1, "save_last": True, "save_top_k": 0},
+            }
+        ]
+    }
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The commands of one configuration.
+
+    Attributes:
+        name: The configuration's name.
+        commands: The arguments of `stitchvm`, one list a command.
+        steps: Optimiser steps, or steps of a sampler, in all.
+        makes: Files below ROOT that must be there afterwards.
+    """
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    steps: int
+    makes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done.
+
+    Attributes:
+        side: The side of images in pixels; None leaves the configuration's own.
+        steps: Steps of a sampler whose schedule is free.
+        batch: Images of a batch.
+        accelerator: Lightning's.
+    """
+
+    side: int | None
+    steps: int
+    batch: int
+    accelerator: str
+
+
+def sizes(scale: str, device: str) -> Sizes:
+    """Returns how much is done: tiny networks on 64 pixels, real ones on 256 on a CPU and as configured on a GPU."""
+    if scale == "tiny":
+        return Sizes(64, 4, 2, "cpu")
+    return Sizes(None, 8, 4, "gpu") if device == "gpu" else Sizes(256, 2, 1, "cpu")
+
+
+def plans(scale: str, device: str, patterns: Sequence[str], root: Path) -> Iterator[Plan]:
+    """Yields the plans of the configurations for real models that match, value models before what uses them."""
+    much = sizes(scale, device)
+    overlay = root / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump(CHECKPOINTS))
+    paths = [p for p in CONFIGS.glob("*.yaml") if WORLD not in p.stem and p.stem not in SKIPPED]
+    paths = [p for p in paths if any(fnmatch.fnmatch(p.stem, pattern) for pattern in patterns)]
+    for path in sorted(paths, key=lambda p: (_rank(p.stem), p.stem)):
+        yield plan(path, much, overlay)
+
+
+def plan(path: Path, much: Sizes, overlay: Path) -> Plan:
+    """Returns the plan of one configuration."""
+    name = path.stem
+    base = ("--config", str(path), f"--trainer.accelerator={much.accelerator}")
+    if name.startswith("distill_"):
+        return _distillation(name, base, much, overlay)
+    if name.startswith("eval_"):
+        return _evaluation(name, base, much)
+    if name.startswith(("draft", "nft_", "grpo_")):
+        return _alignment(name, base, much, overlay)
+    return _sampling(name, base, much)
+
+
+def _rank(name: str) -> int:
+    return next(k for k, prefix in enumerate(ORDER) if name.startswith(prefix))
+
+
+def _side(much: Sizes, *keys: str) -> list[str]:
+    return [] if much.side is None else [f"--{key}={much.side}" for key in keys]
+
+
+def _resumed(
+    name: str, base: Sequence[str], more: Sequence[str], overlay: Path
+) -> tuple[tuple[str, ...], ...]:
+    """Two steps, two more from the checkpoint, and a validation of that checkpoint."""
+    last = f"runs/{name}/checkpoints/last.ckpt"
+    fit = ("fit", *base, "--config", str(overlay), *more)
+    return (
+        (*fit, "--trainer.max_steps=2"),
+        (*fit, "--trainer.max_steps=4", "--ckpt_path=last"),
+        ("validate", *base, *more, "--trainer.limit_val_batches=1", f"--ckpt_path={last}"),
+    )
+
+
+def _distillation(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Plan:
+    more = [
+        *_side(much, "data.resolution"),
+        f"--data.batch_size={much.batch}",
+        "--data.num_workers=0",
+        "--data.val_size=12",
+        "--model.num_probes=8",
+        "--model.num_held_out=4",
+        "--model.num_end_probes=2",
+        "--trainer.accumulate_grad_batches=1",
+        "--trainer.val_check_interval=1",
+        "--trainer.limit_val_batches=1",
+        "--trainer.num_sanity_val_steps=0",
+    ]
+    files = ("search.json", "value_model/config.json", "value_model/model.safetensors")
+    return Plan(
+        name,
+        (("search", *base, *more), *_resumed(name, base, more, overlay)),
+        4,
+        tuple(f"runs/{name}/{file}" for file in files),
+    )
+
+
+def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Plan:
+    more = [
+        *_side(much, "model.height", "model.width"),
+        "--model.micro_batch=2",
+        f"--model.group_size={1 if name.startswith('draft') else 4}",
+        "--data.prompts_per_update=2",
+        f"--data.batch_size={much.batch}",
+        f"--model.evaluation.sampler.init_args.num_steps={much.steps}",
+        "--trainer.val_check_interval=1",
+        "--trainer.limit_val_batches=1",
+        "--trainer.num_sanity_val_steps=0",
+    ]
+    if name.startswith("nft"):
+        more.append("--model.rollout_batch=4")
+    return Plan(
+        name,
+        _resumed(name, base, more, overlay),
+        4,
+        (f"runs/{name}/lora/pytorch_lora_weights.safetensors",),
+    )
+
+
+def _sampling(name: str, base: Sequence[str], much: Sizes) -> Plan:
+    # FK steering has a window of steps, which a shorter schedule would not have
+    steps = 40 if name.startswith("fks") else much.steps
+    more = [
+        *_side(much, "model.height", "model.width"),
+        f"--data.batch_size={much.batch}",
+        "--trainer.limit_predict_batches=1",
+    ]
+    if not name.startswith("fks"):
+        more.append(f"--model.sampler.init_args.num_steps={steps}")
+    return Plan(name, (("predict", *base, *more),), steps, (f"runs/{name}/samples.jsonl",))
+
+
+def _evaluation(name: str, base: Sequence[str], much: Sizes) -> Plan:
+    more = [f"--data.batch_size={much.batch}", "--data.num_workers=0"]
+    if name == "eval_samples":
+        more += ["--trainer.devices=1"]
+    else:
+        more += _side(much, "data.resolution")
+    return Plan(name, (("test", *base, *more),), 0, (f"runs/{name}/metrics.json",))
