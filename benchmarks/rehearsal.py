@@ -4,10 +4,11 @@
     python benchmarks/rehearsal.py --root FOLDER --scale tiny                 write, then run every configuration
     python benchmarks/rehearsal.py --root FOLDER --scale full --only sd35m    SD 3.5 Medium at its real size (16 GB)
     python benchmarks/rehearsal.py --root FOLDER --write                      write only
-    python benchmarks/rehearsal.py --root FOLDER --configs 'nft_*'            some configurations; goes on where it stopped
+    python benchmarks/rehearsal.py --root FOLDER --configs 'nft_*'            some configurations
 
-ROOT becomes a cache of the hub (see rehearsal_hub.py), with data/ and runs/ beside it, so that the files in configs/ run
-as they stand; only numbers that set their size are overridden (see rehearsal_plan.py). docs/rehearsal.md tells the rest.
+What has been written or has passed is not done again. FOLDER becomes a cache of the hub (see rehearsal_hub.py), with
+data/ and runs/ beside it, so that the files in configs/ run as they stand; only numbers that set their size are
+overridden (see rehearsal_plan.py). docs/rehearsal.md tells the rest.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Outcome", "prepare", "preload", "run_command"]
+__all__ = ["Outcome", "preload", "prepare", "run_command"]
 
 
 class Outcome(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' makers of layouts
-from tests.data.files import (  # noqa: E402
+from tests.data.files import (
     write_ava,
     write_coco,
     write_flickr30k,

@@ -9,11 +9,11 @@ Sources:
 [sizes]   sizes of FLUX.1-dev's shards as its hub API gave them, printed in a download script on GitHub.
 [mflux]   configurations of the SD 3.5 repositories "read off the gated repositories", as a GitHub project for mflux
           states them: Large has no `dual_attention_layers` key; the second text tower is GELU, the first QuickGELU.
-[tt]      configurations of SD 3.5 (transformers, VAE, model_index.json) in helper files of Tenstorrent's tt-forge-models.
+[tt]      configurations of SD 3.5 (transformers, VAE, model_index.json) in Tenstorrent's tt-forge-models.
 [t5]      the size of T5-XXL in bfloat16, 9,524,621,312 bytes, in model cards of several projects on GitHub.
 [paddle]  the file list of SD 3.5 Medium in PaddleMIX's documentation, sizes to a tenth.
-[list]    files of SD 3.5 Large in the tests of two downloaders on GitHub: two shards of the transformer, two of T5, fp16
-          variants of the text encoders with `model.safetensors.index.fp16.json`.
+[list]    files of SD 3.5 Large in the tests of two downloaders on GitHub: two shards of the transformer, two of T5,
+          fp16 variants of the text encoders with `model.safetensors.index.fp16.json`. Medium is taken to have the same.
 [invoke]  InvokeAI's tests hold the VAE configuration of FLUX.1-dev word for word.
 [oc]      open_clip 3.3: its own architecture files and table of pretrained tags.
 [reward]  the authors' repositories: tgxs002/HPSv2, christophschuhmann/improved-aesthetic-predictor, THUDM/ImageReward,

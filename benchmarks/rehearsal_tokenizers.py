@@ -1,8 +1,9 @@
 """Tokenizers: CLIP's own, and stand-ins for T5's and BERT's.
 
 CLIP's vocabulary is rebuilt from the merges that open_clip ships, so that it is the published one: 49,408 tokens, the
-end of text the last. T5's sentencepiece model and BERT's word list are not in any library here. Their stand-ins have the
-files, the number of tokens and the special tokens at the published places; the words in between are letters and filler.
+end of text the last. T5's sentencepiece model and BERT's word list are in no library here. BERT's stand-in has as many
+tokens as the published list, the special ones at their places, and letters; T5's has letters and a few words (its
+tokenizer.json, without the spiece.model that the hub has beside it).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def write_clip_tokenizer(folder: Path, pad: str = END) -> None:
     from open_clip.tokenizer import bytes_to_unicode
 
     path = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")
-    merges = [line for line in lines[1 : 49152 - 256 - 2 + 1]]
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
     letters = list(bytes_to_unicode().values())
     pieces = letters + [f"{letter}</w>" for letter in letters]
     pieces += ["".join(line.split()) for line in merges] + [START, END]
@@ -68,7 +70,7 @@ def write_bert_tokenizer(folder: Path, tokens: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = [BERT_SPECIAL.get(k, f"[unused{k}]") for k in range(tokens)]
     own = [*LETTERS, *(f"##{letter}" for letter in LETTERS), "a", "the", "of", "red", "cat"]
-    own = [word for word in dict.fromkeys(own)]
+    own = list(dict.fromkeys(own))
     words[1000 : 1000 + len(own)] = own
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
     config = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer"}

@@ -1,8 +1,8 @@
 """Random weights, cheap to make, in safetensors and torch files.
 
 One block of normal numbers is drawn once; every tensor is a stretch of it (begun at a place that its name decides)
-times the scale of its kind: gains of norms near 1, biases small, matrices 1/sqrt(fan-in). Activations of networks of any depth
-stay finite. safetensors files are written as they are made, so that memory does not grow with the checkpoint.
+times the scale of its kind: gains of norms near 1, biases small, matrices 1/sqrt(fan-in). Activations of networks of
+any depth stay finite. safetensors files are written as they are made: memory does not grow with the checkpoint.
 """
 
 from __future__ import annotations
