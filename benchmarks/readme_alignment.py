@@ -1,0 +1,141 @@
+"""Puts the training figures of results/world/ into the README and draws them: `python benchmarks/readme_alignment.py`.
+
+The reward is the sum that is trained for. Curves and costs to equal reward are those of `stitchvm curves`.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from readme import README, WORLD, source
+from world_alignment import REWARDS, SCORES
+
+from stitchvm.results import read_results
+from stitchvm.training_curves import summaries, training_curves
+
+MARKERS = re.compile(r"(<!-- alignment: begin .*? -->\n).*?(<!-- alignment: end -->)", re.S)
+IMAGES = Path("docs/images")
+LABELS = {
+    "base": "before training",
+    "grpo_fast": "Flow-GRPO-Fast",
+    "draft1": "DRaFT-1",
+    "draft1_stitched": "DRaFT-1 + StitchVM",
+    "draft3": "DRaFT-3",
+    "draft3_stitched": "DRaFT-3 + StitchVM",
+    "nft": "DiffusionNFT",
+    "nft_stitched": "DiffusionNFT + StitchVM",
+}
+TITLES = {"reward": "clip + hps, clean", "checker/whole": "whole scenes right (checker)"}
+
+
+def with_sums(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the records and, for every run and point, their sum that was trained for as metric "reward"."""
+    cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for r in records:
+        cells[r["name"], r["seed"], r["split"], r["updates"]][r["metric"]] = r
+    sums = [
+        {**cell[REWARDS[0]], "metric": "reward", "value": sum(cell[m]["value"] for m in REWARDS)}
+        for cell in cells.values()
+    ]
+    return [*records, *sums]
+
+
+def points(records: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Returns the points of the curves on "tune" as `stitchvm.training_curves` takes them."""
+    return [
+        {
+            **r,
+            "method": label(r["name"]),
+            "run": r["seed"],
+            "step": r["updates"],
+            "metric": TITLES[metric],
+        }
+        for r in records
+        if r["metric"] == metric and r["split"] == "tune"
+    ]
+
+
+def label(name: str) -> str:
+    """Returns what a method or a window is called."""
+    return LABELS.get(name, f"stops after {name} of 10 steps")
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Returns the scores on "test" as Markdown, mean ± standard deviation over seeds, with what the runs cost."""
+    header = ["run", "reward", *SCORES, "updates", "images", "core-seconds"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    for name in dict.fromkeys(r["name"] for r in records):
+        mine = [r for r in records if r["name"] == name and r["split"] == "test"]
+        cells = [cell([r["value"] for r in mine if r["metric"] == m]) for m in header[1:-3]]
+        costs = [
+            statistics.mean(r[k] for r in mine) for k in ("updates", "samples", "cpu_seconds")
+        ]
+        lines.append(
+            f"| {label(name)} | {' | '.join(cells)} | {' | '.join(f'{c:.0f}' for c in costs)} |"
+        )
+    return "\n".join(lines)
+
+
+def cell(values: Sequence[float]) -> str:
+    """Returns a mean with the spread over seeds, where there are several."""
+    digits = 2 if max(values) > 2 else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def equal_reward(records: Sequence[dict[str, Any]]) -> str:
+    """Returns the costs to equal reward as Markdown, stitched beside terminal."""
+    lines = [
+        "| method | reward | core-seconds, terminal | + StitchVM | ratio |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method in ("draft1", "draft3", "nft"):
+        pair = [r for r in records if r["name"] in (method, f"{method}_stitched")]
+        if len({r["name"] for r in pair}) < 2:
+            continue
+        terminal, stitched = summaries(points(pair, "reward"), TITLES["reward"], "cpu_seconds")
+        level, ratio = stitched["level"], stitched["ratio"]
+        costs = " | ".join(f"{s['cost_to_level']:.0f}" for s in (terminal, stitched))
+        lines.append(f"| {label(method)} | {level:.3f} | {costs} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def section(kind: str, title: str) -> list[str]:
+    """Returns the paragraphs of one results file, and draws its picture."""
+    path = WORLD / f"{kind}.json"
+    if not path.is_file():
+        return []
+    records = with_sums(read_results(path)["records"])
+    seeds = len({r["seed"] for r in records})
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    parts = [f"**{title}**, {over}. {source(path)}", table(records)]
+    if kind == "alignment":
+        parts.append(
+            "Core-seconds to the highest reward that every run of both has (mean over seeds):\n\n"
+            + equal_reward(records)
+        )
+    picture = IMAGES / f"world_{kind}.png"
+    shown = [p for metric in TITLES for p in points(records, metric)]
+    training_curves(shown, picture, x="cpu_seconds")
+    return [*parts, f"![{title}]({picture})"]
+
+
+def main() -> None:
+    """Rewrites the README's section of training results."""
+    parts = section("alignment", "Training")
+    parts += section("alignment_windows", "Stopping windows")
+    body = "\n\n".join(parts)
+    new, count = MARKERS.subn(lambda m: f"{m[1]}\n{body}\n\n{m[2]}", README.read_text())
+    if count != 1:
+        raise SystemExit("README.md must have one pair of alignment markers")
+    README.write_text(new)
+    print(f"README.md: {len(body.splitlines())} lines of training results")
+
+
+if __name__ == "__main__":
+    main()
