@@ -20,7 +20,12 @@ from stitchvm.backbones.base import Backbone
 from stitchvm.data.module import DataModule
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.sharding import full_state, shard_value_model
-from stitchvm.modules.stage_one import ClosedFormStart, StageOne
+from stitchvm.modules.stage_one import (
+    SEARCH_FILE,
+    ClosedFormStart,
+    StageOne,
+    read_stitch_point,
+)
 from stitchvm.modules.throughput import ImagesPerSecond
 from stitchvm.objectives.distill import aesthetic_distillation, representation_distillation
 from stitchvm.path import FlowPath
@@ -141,7 +146,12 @@ class StitchDistillation(LeanCheckpoint):
 
     def setup(self, stage: str) -> None:
         """Decides the stitch point and fits the closed-form map, before any weight is made."""
-        if stage != "fit" or self.value_model is not None:
+        if self.value_model is not None:
+            return
+        if stage != "fit":  # `validate` of a run whose stitch point stage 1 chose
+            found = self._run_folder() / SEARCH_FILE
+            if self.stitch_point is None and found.is_file():
+                self.stitch_point = read_stitch_point(found)
             return
         start = None
         if self.trainer.is_global_zero:

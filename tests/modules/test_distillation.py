@@ -60,7 +60,7 @@ def test_fit_searches_distils_and_leaves_a_value_model(config):
 
 
 def test_search_command_then_fit_goes_on_from_it(config, capsys):
-    path, root = config(stitch_point=None, trainer={"max_steps": 1})
+    path, root = config(stitch_point=None, trainer={"max_steps": 2})
     main(["search", "--config", str(path)])
     output = capsys.readouterr().out
     assert "lowest feature loss" in output and "lowest embedding loss" in output
@@ -70,6 +70,9 @@ def test_search_command_then_fit_goes_on_from_it(config, capsys):
     assert refused.value.code == 1 and "search.json" in message(capsys)
     main(["fit", "--config", str(path)])
     assert (root / "search.json").read_text() == before
+    capsys.readouterr()
+    main(["validate", "--config", str(path), f"--ckpt_path={root / 'checkpoints/last.ckpt'}"])
+    assert "val/loss" in capsys.readouterr().out  # at the point of search.json
 
 
 def test_the_start_is_the_closed_form_fit(config):
