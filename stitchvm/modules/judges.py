@@ -25,6 +25,10 @@ class Judges:
         reward: Builds the run's reward, if there is one.
         checker: Whether the embedded world's checker reads the images.
         device: Where rewards run. From a GPU they go back to CPU memory after each use.
+
+    Attributes:
+        rewards: The rewards by name.
+        resident: The names of those that are the run's, and stay where they are.
     """
 
     def __init__(
@@ -38,11 +42,11 @@ class Judges:
         self.checker, self.device = checker, device
         # a dict, so that no module takes them for parts of its own and moves them
         self.rewards: dict[str, Reward] = {}
-        self._resident: set[str] = set()
+        self.resident: set[str] = set()
         for name, factory in factories.items():
             if same(factory, reward):
                 self.rewards[name] = parts.reward
-                self._resident.add(name)
+                self.resident.add(name)
             else:
                 self.rewards[name] = frozen(factory())
 
@@ -93,7 +97,7 @@ class Judges:
     def _scores(
         self, name: str, reward: Reward, images: Tensor, prompts: list[str]
     ) -> dict[str, list[float]]:
-        module: nn.Module = reward.to(self.device)
+        module: nn.Module = reward if reward.parked else reward.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             distinct = list(dict.fromkeys(prompts))
             text = None
@@ -104,7 +108,7 @@ class Judges:
             if isinstance(reward, WeightedReward):
                 parts = reward.part_scores(embedded, text)
                 found |= {f"{name}.{part}": score.tolist() for part, score in parts.items()}
-        if self.device.type != "cpu" and name not in self._resident:
+        if self.device.type != "cpu" and name not in self.resident:
             module.to("cpu")
         return found
 

@@ -11,7 +11,8 @@ some samples are missing is run again whole, so that they come out to the last b
 batch size and devices are the same).
 
 **What is measured.** Rewards are scored on the 8-bit images as they were written. Seconds and peak memory are of
-sampling and decoding a batch, without loading and scoring; on a GPU, rewards that only judge wait in CPU memory.
+sampling and decoding a batch, without loading and scoring; on a GPU, rewards that no step looks through wait in CPU
+memory.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ class Sampling(LightningModule):
             self._build()
             found = {"weights": weights(self)}
             self._accept(self.store.check(found["weights"], "weights"))
+            self._build().release()  # what is hashed is what was loaded
         self.trainer.strategy.barrier("checked")
         if self.trainer.is_global_zero:
             if self.erases:

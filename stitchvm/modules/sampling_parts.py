@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,13 @@ from torch import nn
 
 from stitchvm.hub import resolve
 from stitchvm.modules.judges import Judges
+from stitchvm.rewards.base import Reward
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import Value
 from stitchvm.values.parts import Parts, ValueFactory
+from stitchvm.values.stitched import StitchedValue
+from stitchvm.values.weighted import WeightedValue
 
 if TYPE_CHECKING:
     from stitchvm.modules.sampling import Sampling
@@ -62,11 +67,48 @@ class SamplingParts:
         judges.check_size(*(side * generator.vae.factor for side in size))
         return cls(generator, value, final_value, judges, size)
 
+    def release(self) -> None:
+        """Frees the device from what no step calls: rewards that only encode prompts, choose and judge.
+
+        Those that choose or judge wait in CPU memory between calls. Of those of a stitched value alone, the vision
+        tower is freed for good: the value has a tail of its own.
+        """
+        steers = [] if self.value is None else list(self.value.modules())
+        looked_through = rewards_of(
+            v
+            for v in steers
+            if isinstance(v, Value) and not isinstance(v, (StitchedValue, WeightedValue))
+        )
+        chooses = [] if self.final_value is None else list(self.final_value.modules())
+        later = rewards_of(v for v in chooses if isinstance(v, Value))
+        later |= parts_of(self.judges.rewards[name] for name in self.judges.resident)
+        for reward in later - looked_through:
+            reward.park()
+        for reward in rewards_of(v for v in steers if isinstance(v, StitchedValue)):
+            if reward not in later | looked_through:
+                reward.drop_tower()
+
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         height, width = self.latent_size
         return height * self.generator.vae.factor, width * self.generator.vae.factor
+
+
+def rewards_of(values: Iterable[Value]) -> set[Reward]:
+    """Returns the rewards of values, the parts of sums instead of the sums."""
+    return parts_of(value.reward for value in values)
+
+
+def parts_of(rewards: Iterable[Reward]) -> set[Reward]:
+    """Returns rewards, the parts of sums instead of the sums."""
+    return {
+        part
+        for reward in rewards
+        for part in (
+            [r for _, r in reward.items()] if isinstance(reward, WeightedReward) else [reward]
+        )
+    }
 
 
 def latent_size(generator: Any, pixels: tuple[int, int] | None) -> tuple[int, int]:

@@ -98,6 +98,7 @@ class Reward(nn.Module, ABC):
         embed_dim: The image embedding's width E.
         uses_text: Whether `score` needs a text embedding.
         affine: Whether `score` is affine in the normalised image embedding.
+        parked: Whether it was parked (`park`).
     """
 
     id: str
@@ -108,6 +109,7 @@ class Reward(nn.Module, ABC):
     embed_dim: int
     uses_text: bool
     affine: bool = True
+    parked: bool = False
 
     @abstractmethod
     def preprocess(self, pixels: Tensor) -> Tensor:
@@ -158,6 +160,14 @@ class Reward(nn.Module, ABC):
     @abstractmethod
     def flops(self) -> int:
         """Returns the multiply-add FLOPs (2 per multiply-add) of `embed` for one image."""
+
+    def park(self) -> None:
+        """Lets its networks wait in CPU memory between calls, from now on, where the reward knows how to."""
+        return None
+
+    def drop_tower(self) -> None:
+        """Frees what looks at images, where the reward knows how to; texts are encoded and embeddings scored still."""
+        return None
 
     def forward(self, pixels: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns r(pixels) with shape (B,), differentiable in the pixels."""

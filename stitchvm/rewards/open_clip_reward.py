@@ -8,7 +8,8 @@ e = r_φ(x),    tokens h = ln_post(blocks(…)),    score = cos(e, text)    unle
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from stitchvm.rewards.attention import unify_attention
 from stitchvm.rewards.base import Embedding, Probe, Reward, require_finite
 from stitchvm.rewards.clip_tail import CLASS_TOKENS, CLIPTail, block_flops, read_out
+from stitchvm.rewards.parking import CPU, present
 from stitchvm.rewards.preprocess import Preprocess
 from stitchvm.rewards.transformers_clip import TransformersTower
 
@@ -88,12 +90,44 @@ class OpenCLIPReward(Reward):
         self.text: Any = loaded.model if uses_text else None
         self.tokenizer = loaded.tokenizer if uses_text else None
         self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._home: torch.device | None = None
         self.to(getattr(torch, dtype)).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> OpenCLIPReward:
         """Stays in eval mode: the reward is frozen."""
         super().train(False)
         return self
+
+    def park(self) -> None:
+        """Lets vision and text tower wait in CPU memory between calls, from now on; no effect on a CPU."""
+        self.parked, self._home = True, self._device
+        for tower in (self.visual, self.text):
+            if tower is not None:
+                tower.to("cpu")
+
+    def drop_tower(self) -> None:
+        """Frees the vision tower: prompts are encoded and embeddings scored as before, but no more images looked at."""
+        self.visual = None
+
+    @property
+    def _device(self) -> torch.device:
+        """Where text embeddings go: where the towers are, or were before they were parked."""
+        towers = (tower for tower in (self.visual, self.text) if tower is not None)
+        return self._home or next((p.device for tower in towers for p in tower.parameters()), CPU)
+
+    @contextmanager
+    def _tower(self, device: torch.device) -> Iterator[Any]:
+        """Gives the vision tower, on a device.
+
+        Raises:
+            ValueError: If it was dropped.
+        """
+        if self.visual is None:
+            raise ValueError(
+                f"{self._name} has dropped its vision tower (drop_tower) and looks at no images: load another."
+            )
+        with present(self.visual, device, self.parked):
+            yield self.visual
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """Resizes and normalises pixels (B, 3, H, W) in [0, 1] to the tower's input, float32.
@@ -110,23 +144,27 @@ class OpenCLIPReward(Reward):
         Raises:
             ValueError: If a j does not exist.
         """
-        return self._run(pixels, js, whole=False)[0]
+        with self._tower(pixels.device) as v:
+            return self._run(v, pixels, js, whole=False)[0]
 
     def class_tokens(self, pixels: Tensor, js: Sequence[int]) -> dict[int, Tensor]:
         """Returns the class token before block j for every j in `js`, each (B, D).
 
         For j = 1 that is the class embedding, to which the tail adds the position.
         """
-        return self._run(pixels, js, whole=False)[1]
+        with self._tower(pixels.device) as v:
+            return self._run(v, pixels, js, whole=False)[1]
 
     def probe(self, pixels: Tensor, js: Sequence[int]) -> Probe:
         """Returns prefixes, class tokens and image embedding from one pass of the whole tower."""
-        patches, class_token, x = self._run(pixels, js, whole=True)
-        return Probe(patches, class_token, read_out(x, self.visual).image)
+        with self._tower(pixels.device) as v:
+            patches, class_token, x = self._run(v, pixels, js, whole=True)
+            return Probe(patches, class_token, read_out(x, v).image)
 
     def embed(self, pixels: Tensor) -> Embedding:
         """Returns the tower's tokens (B, 1 + h w, D) and image embedding (B, E)."""
-        return read_out(self._run(pixels, (), whole=True)[2], self.visual)
+        with self._tower(pixels.device) as v:
+            return read_out(self._run(v, pixels, (), whole=True)[2], v)
 
     def tail(self, j: int) -> CLIPTail:
         """Returns a trainable deep copy of r^{≥j}, in the reward's dtype.
@@ -134,16 +172,16 @@ class OpenCLIPReward(Reward):
         Raises:
             ValueError: If there is no block j.
         """
-        return CLIPTail(self.visual, j, self.class_token, self.gradient_checkpointing)
+        with self._tower(self._device) as v:
+            return CLIPTail(v, j, self.class_token, self.gradient_checkpointing)
 
     def _run(
-        self, pixels: Tensor, js: Sequence[int], whole: bool
+        self, v: Any, pixels: Tensor, js: Sequence[int], whole: bool
     ) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
         """Returns patches and class token before each j, and the tokens where the pass ended."""
         bad = [j for j in js if not 1 <= j <= self.num_blocks]
         if bad or not (js or whole):
             raise ValueError(f"j = {bad or list(js)}: {self.id} has blocks 1..{self.num_blocks}")
-        v = self.visual
         patches: dict[int, Tensor] = {}
         cls: dict[int, Tensor] = {}
         x = v.conv1(self.preprocess(pixels).to(v.conv1.weight.dtype))
@@ -172,13 +210,14 @@ class OpenCLIPReward(Reward):
             raise ValueError(f"{self._name} reads no text: score its image embeddings without any")
         if isinstance(prompts, str):
             raise ValueError(f"expected a list of prompts, got one string: [{prompts!r}]")
-        device = self.visual.conv1.weight.device
+        device = self._device
         new = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
         fresh: dict[str, Tensor] = {}
-        for k in range(0, len(new), TEXT_BATCH):
-            part = new[k : k + TEXT_BATCH]
-            e = self.text.encode_text(self.tokenizer(part).to(device))
-            fresh.update(zip(part, F.normalize(e.float(), dim=-1).unbind(), strict=True))
+        with present(self.text, device, self.parked and bool(new)):
+            for k in range(0, len(new), TEXT_BATCH):
+                part = new[k : k + TEXT_BATCH]
+                e = self.text.encode_text(self.tokenizer(part).to(device))
+                fresh.update(zip(part, F.normalize(e.float(), dim=-1).unbind(), strict=True))
         rows = [fresh[p] if p in fresh else self._text_cache[p] for p in prompts]
         self._text_cache.update(fresh)
         for p in prompts:
@@ -225,9 +264,10 @@ class OpenCLIPReward(Reward):
 
     def flops(self) -> int:
         """Returns the multiply-add FLOPs (2 per multiply-add) of `embed` for one image, resize not counted."""
-        v, patches = self.visual, self.grid[0] * self.grid[1]
-        blocks = sum(block_flops(b, 1 + patches, self.width) for b in v.transformer.resblocks)
-        return 2 * patches * v.conv1.weight.numel() + blocks + 2 * v.proj.numel()
+        patches = self.grid[0] * self.grid[1]
+        with self._tower(CPU) as v:
+            blocks = sum(block_flops(b, 1 + patches, self.width) for b in v.transformer.resblocks)
+            return 2 * patches * v.conv1.weight.numel() + blocks + 2 * v.proj.numel()
 
     @property
     def _name(self) -> str:

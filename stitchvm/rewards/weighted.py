@@ -70,6 +70,17 @@ class WeightedReward(Reward):
         """Returns the parts with their names."""
         return list(zip(self.names, self.parts, strict=True))  # type: ignore[arg-type]
 
+    def park(self) -> None:
+        """Parks every part."""
+        self.parked = True
+        for reward in self._distinct():
+            reward.park()
+
+    def drop_tower(self) -> None:
+        """Frees what looks at images in every part."""
+        for reward in self._distinct():
+            reward.drop_tower()
+
     def preprocess(self, pixels: Tensor) -> Tensor:
         """Returns the pixels as they are: every part has its own resize and normalisation."""
         return pixels

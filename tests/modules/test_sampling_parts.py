@@ -9,18 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from stitchvm.backbones.latent import LatentBackbone
 from stitchvm.modules.judges import Judges, same
 from stitchvm.modules.meter import Meter
 from stitchvm.modules.sample_lines import decode, trajectories
 from stitchvm.modules.sampling_config import describe
+from stitchvm.modules.sampling_parts import SamplingParts
 from stitchvm.modules.sampling_report import numbers, snake, summary
 from stitchvm.rewards.clip import CLIPReward
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.samplers.base import Record, Samples
 from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.plain import PlainSampler
+from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.parts import Parts
-from stitchvm.values.stitched import StitchedFactory
+from stitchvm.values.stitched import StitchedFactory, StitchedValue
+from stitchvm.values.terminal import TerminalValue
+from stitchvm.values.weighted import WeightedValue
 from tests.modules.sampling_runs import reward
+from tests.values.fakes import IdentityVAE
 
 
 def test_the_chosen_particles_ancestors_are_followed_back() -> None:
@@ -81,6 +88,49 @@ def test_judges_score_the_8_bit_image_and_share_the_runs_reward(tiny_clip) -> No
     wanted = parts.reward(pixels / 255, parts.reward.encode_text(prompts))
     assert [row["rewards"]["clip"] for row in rows] == pytest.approx(wanted.tolist(), abs=1e-6)
     assert all(set(row) == {"rewards"} for row in rows)
+
+
+def stitched(clip: CLIPReward) -> StitchedValue:
+    return StitchedValue(StitchedValueModel(LatentBackbone(4), clip, (0, 1)))
+
+
+def test_only_a_reward_that_steps_look_through_stays_on_the_device(tiny_clip) -> None:
+    class Looking(TerminalValue):
+        """Stands for a value that looks at images, such as Tweedie's."""
+
+    def release(steer, final=None, judge=False) -> list[tuple[bool, bool]]:
+        clips = [reward(tiny_clip)() for _ in range(2)]
+        judges = Judges({}, Parts(), None, checker=False, device=torch.device("cpu"))
+        judges.rewards = {"clip": clips[0], "away": reward(tiny_clip)()}
+        judges.resident = {"clip"} if judge else set()
+        value = None if steer is None else steer(clips)
+        parts = SamplingParts(None, value, None if final is None else final(clips), judges, (8, 8))
+        parts.release()
+        assert not judges.rewards["away"].parked and judges.rewards["away"].visual is not None
+        if judge:
+            assert judges(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a"])
+        return [(clip.parked, clip.visual is None) for clip in clips]
+
+    parked, dropped, stays = (True, False), (False, True), (False, False)
+    assert release(lambda c: stitched(c[0])) == [dropped, stays]
+    assert release(lambda c: stitched(c[0]), judge=True) == [parked, stays]
+    terminal = lambda c: TerminalValue(IdentityVAE(), c[0])  # noqa: E731
+    assert release(lambda c: stitched(c[0]), terminal) == [parked, stays]
+    assert release(lambda c: Looking(IdentityVAE(), c[0]), terminal, judge=True) == [stays, stays]
+    both = {"stitched": 0, "looking": 1}
+    assert release(
+        lambda c: WeightedValue(
+            {"stitched": stitched(c[0]), "looking": Looking(IdentityVAE(), c[1])}
+        ),
+        lambda c: TerminalValue(
+            IdentityVAE(), WeightedReward({name: c[k] for name, k in both.items()})
+        ),
+    ) == [parked, stays]
+    one = lambda c: WeightedValue(  # noqa: E731
+        {"stitched": stitched(c[0]), "looking": Looking(IdentityVAE(), c[0])}
+    )
+    assert release(one) == [stays, stays]
+    assert release(None, terminal) == [parked, stays]
 
 
 def test_which_factories_build_the_same(tiny_clip) -> None:
