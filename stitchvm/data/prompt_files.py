@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stitchvm.data.annotations import field, read_json
-from stitchvm.data.reading import require
 from stitchvm.metrics.geneval_metadata import check_metadata, is_metadata
 
 __all__ = ["Entry", "distinct", "read_entries", "read_prompts"]
@@ -50,9 +49,12 @@ def read_entries(path: str | Path, key: str = "prompt", unique: bool = True) -> 
         ValueError: If there is no such file, it is malformed, it has no prompts, only some of its entries are
             GenEval metadata, or with `unique` one prompt has two different metadata.
     """
-    file = require(
-        path, [""], "The file of prompts", "wherever your prompts are (.txt, .jsonl or .json)"
-    )
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(
+            f"there is no file of prompts {file}: expected a .txt file with one prompt a line, or .jsonl or .json; "
+            "correct data.path."
+        )
     if file.is_dir():
         raise ValueError(f"{file} is a folder; expected a .txt, .jsonl or .json file of prompts.")
     if file.suffix.lower() in TABLES:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stitchvm.rewards.base import Reward
+from stitchvm.rewards.base import NotFiniteError, Reward
 from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.parts import Parts, frozen
 
@@ -53,10 +53,7 @@ class Judges:
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ValueError if the checker cannot read a prompt."""
         if self.checker:
-            from stitchvm.world.scenes import parse
-
-            for prompt in prompts:
-                parse(prompt)
+            check_prompts(prompts)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError if the checker cannot read images of a size in pixels."""
@@ -104,13 +101,30 @@ class Judges:
             if reward.uses_text:
                 text = reward.encode_text(distinct)[[distinct.index(p) for p in prompts]]
             embedded = reward.embed(images).image
-            found = {name: reward.score(embedded, text).tolist()}
-            if isinstance(reward, WeightedReward):
-                parts = reward.part_scores(embedded, text)
-                found |= {f"{name}.{part}": score.tolist() for part, score in parts.items()}
+            try:
+                found = {name: reward.score(embedded, text).tolist()}
+                parts = (
+                    reward.part_scores(embedded, text)
+                    if isinstance(reward, WeightedReward)
+                    else {}
+                )
+            except NotFiniteError as error:
+                raise NotFiniteError(
+                    f"the reward {name!r} of finished images, of the prompts {distinct[:4]}"
+                    f"{' …' if len(distinct) > 4 else ''}: {error} These images are not kept."
+                ) from error
+            found |= {f"{name}.{part}": score.tolist() for part, score in parts.items()}
         if self.device.type != "cpu" and name not in self.resident:
             module.to("cpu")
         return found
+
+
+def check_prompts(prompts: Iterable[str]) -> None:
+    """Raises ValueError if the embedded world's checker cannot read a prompt."""
+    from stitchvm.world.scenes import parse
+
+    for prompt in prompts:
+        parse(prompt)
 
 
 def same(one: Any, other: Any) -> bool:

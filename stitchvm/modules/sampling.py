@@ -29,15 +29,17 @@ from torch import Tensor
 
 from stitchvm.generator import Generator
 from stitchvm.interruption import stop_on_sigterm
+from stitchvm.modules.judges import check_prompts
 from stitchvm.modules.meter import Meter, out_of_memory_says
 from stitchvm.modules.sample_lines import decode, sample_stream, trajectories
 from stitchvm.modules.sample_store import Line, SampleStore
 from stitchvm.modules.sampling_bar import SamplingBar
 from stitchvm.modules.sampling_config import configuration, weights
-from stitchvm.modules.sampling_parts import SamplingParts
+from stitchvm.modules.sampling_parts import SamplingParts, terminal_terms
 from stitchvm.modules.sampling_report import report
 from stitchvm.rewards.base import Reward
 from stitchvm.samplers.base import Record, Sampler, Samples
+from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.parts import ValueFactory
 from stitchvm.values.terminal import TerminalFactory
 
@@ -107,6 +109,11 @@ class Sampling(LightningModule):
                 f"{type(sampler).__name__} asks a value, but none is configured: give model.value, such as "
                 "stitchvm.values.stitched.StitchedFactory, or take stitchvm.samplers.plain.PlainSampler."
             )
+        if sampler.wants_value and (ends := terminal_terms(value)):
+            raise ValueError(
+                f"{type(sampler).__name__} asks the value at every noise level, but {' and '.join(ends)} is the "
+                "terminal reward, defined at t = 0 only: take a stitched, Tweedie or Monte Carlo value there."
+            )
         if sampler.particles > 1 and not (value or final_value or reward):
             raise ValueError(
                 f"{type(sampler).__name__} chooses among {sampler.particles} particles, but by what? Give model.reward "
@@ -150,10 +157,15 @@ class Sampling(LightningModule):
 
         Raises:
             FileExistsError: If the folder holds samples of another configuration.
+            FileNotFoundError: If a value model is not there.
             ValueError: If another loop than predict is asked for.
         """
         if stage != "predict":
             raise ValueError(f"Sampling only predicts: run `stitchvm predict`, not {stage}.")
+        for factory in (self.value_factory, self.final_factory):
+            for name, path in {} if factory is None else factory.sources().items():
+                if name.rpartition(".")[2] == "value_model":
+                    StitchedValueModel.read(path)  # else said after gigabytes were loaded
         self.store = SampleStore(self.folder)
         self.done = self.store.read()
         self.identity = configuration(self)
@@ -183,6 +195,8 @@ class Sampling(LightningModule):
         self._accept(self._changed_prompts())
         left, found = self._left(everywhere=True), {}
         if left is None or left:
+            if self.checker and left:
+                check_prompts(self.dataset[i]["prompt"] for i, _ in left)
             self._build()
             found = {"weights": weights(self)}
             self._accept(self.store.check(found["weights"], "weights"))
@@ -236,7 +250,6 @@ class Sampling(LightningModule):
 
     def _prepare_prompts(self, prompts: Sequence[str]) -> None:
         assert self.parts is not None
-        self.parts.judges.check_prompts(prompts)
         if prompts and len(set(prompts)) <= ENCODED_AHEAD:
             self.parts.generator.encode_ahead(prompts)
 

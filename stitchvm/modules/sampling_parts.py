@@ -17,7 +17,8 @@ from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import Value
 from stitchvm.values.parts import Parts, ValueFactory
 from stitchvm.values.stitched import StitchedValue
-from stitchvm.values.weighted import WeightedValue
+from stitchvm.values.terminal import TerminalFactory
+from stitchvm.values.weighted import WeightedFactory, WeightedValue
 
 if TYPE_CHECKING:
     from stitchvm.modules.sampling import Sampling
@@ -109,6 +110,14 @@ def parts_of(rewards: Iterable[Reward]) -> set[Reward]:
             [r for _, r in reward.items()] if isinstance(reward, WeightedReward) else [reward]
         )
     }
+
+
+def terminal_terms(value: ValueFactory | None) -> list[str]:
+    """Returns where a value is the terminal reward: its place in the configuration."""
+    if isinstance(value, TerminalFactory):
+        return ["model.value"]
+    terms = value.terms if isinstance(value, WeightedFactory) else {}
+    return [f"the term {n!r} of model.value" for n, t in terms.items() if terminal_terms(t.value)]
 
 
 def latent_size(generator: Any, pixels: tuple[int, int] | None) -> tuple[int, int]:

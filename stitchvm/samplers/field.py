@@ -216,7 +216,7 @@ class Field:
             asked = list(dict.fromkeys(self.prompts[place] for place in row.tolist()))
             raise NotFiniteError(
                 f"step {self.step + 1}, σ = {float(t):.4g}, {self._name} of the prompts {asked[:4]}"
-                f"{' …' if len(asked) > 4 else ''}: {error}"
+                f"{' …' if len(asked) > 4 else ''}: {error} If guidance led there, lower its strength."
             ) from error
         self.check(v[:, None], "value", t, row)
         return v, shared

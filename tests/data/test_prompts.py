@@ -62,7 +62,7 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"caption": "x"}))
     (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n{"prompt"')
     for name, message in [
-        ("absent.txt", r"file of prompts not found: expected .*absent\.txt"),
+        ("absent.txt", r"no file of prompts .*absent\.txt: expected a \.txt"),
         ("empty.txt", "has no prompts"),
         ("a.jsonl", r"Entry in line 1 of .* no key 'prompt', only \['caption'\]"),
         ("b.jsonl", "Line 2 of .* not valid JSON"),

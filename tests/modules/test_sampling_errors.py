@@ -25,6 +25,8 @@ from stitchvm.samplers.guidance import GuidedSampler
 from stitchvm.samplers.plain import PlainSampler
 from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.stitched import StitchedFactory
+from stitchvm.values.terminal import TerminalFactory
+from stitchvm.values.weighted import Term, WeightedFactory
 from tests.modules import sampling_runs
 from tests.modules.runs import write_config
 from tests.modules.sampling_runs import PROMPTS, generator, lines, predict, reward
@@ -108,6 +110,17 @@ def test_what_does_not_go_together_is_said_at_once(tiny_sd3, tiny_clip) -> None:
         ({"sampler": GuidedSampler()}, "GuidedSampler asks a value, but none is configured"),
         ({"sampler": FKSteering()}, "FKSteering asks a value"),
         ({"sampler": BestOfN()}, "chooses among 4 particles, but by what"),
+        (
+            {"sampler": GuidedSampler(), "value": TerminalFactory()},
+            "GuidedSampler asks the value at every noise level, but model.value is the terminal reward",
+        ),
+        (
+            {
+                "sampler": FKSteering(),
+                "value": WeightedFactory({"end": Term(TerminalFactory())}),
+            },
+            "but the term 'end' of model.value is the terminal reward",
+        ),
         ({"sampler": PlainSampler(), "samples_per_prompt": 0}, "expected at least 1"),
         ({"sampler": PlainSampler(), "height": 16}, "two numbers of pixels, or neither"),
         ({"sampler": PlainSampler(), "height": 0, "width": 16}, "two numbers of pixels"),
@@ -115,6 +128,7 @@ def test_what_does_not_go_together_is_said_at_once(tiny_sd3, tiny_clip) -> None:
         with pytest.raises(ValueError, match=message):
             Sampling(generator=make, **arguments)
     Sampling(BestOfN(), make, reward=reward(tiny_clip))
+    Sampling(BestOfN(), make, value=TerminalFactory(), reward=reward(tiny_clip))
 
 
 def test_a_value_model_of_another_latent_space(tiny_sd3, tiny_clip, tmp_path) -> None:
@@ -141,6 +155,44 @@ def test_a_value_model_of_another_latent_space(tiny_sd3, tiny_clip, tmp_path) ->
     assert not (tmp_path / "run" / "samples.jsonl").exists(), "it was said before any work"
 
 
+def never() -> Generator:
+    raise AssertionError("loaded before it was checked whether what is asked for can be done")
+
+
+def test_what_can_be_known_before_loading_is_said_before_it(tmp_path) -> None:
+    nowhere = StitchedFactory(str(tmp_path / "nowhere"))
+    for arguments, message in [
+        (
+            {"sampler": GuidedSampler(num_steps=2), "value": nowhere},
+            "no such file or folder.*nowhere",
+        ),
+        (
+            {
+                "sampler": GuidedSampler(num_steps=2),
+                "value": WeightedFactory({"one": Term(nowhere)}),
+            },
+            "no such file or folder.*nowhere",
+        ),
+        ({"checker": True, "prompts": ["a cat"]}, "'a cat' is not in the world's grammar"),
+    ]:
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            predict(tmp_path / "run", generator=never, **arguments)
+    assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+def test_a_reward_that_is_not_finite_names_itself(tiny_sd3, tiny_clip, tmp_path) -> None:
+    def broken() -> CLIPReward:
+        clip = CLIPReward(model=f"local-dir:{tiny_clip}")
+        clip.visual.proj.fill_(torch.nan)
+        return clip
+
+    rewards = {"fine": reward(tiny_clip), "broken": broken}
+    message = r"the reward 'broken' of finished images, of the prompts \['a red circle', 'a red square'\].*NaN"
+    with pytest.raises(ValueError, match=message):
+        predict(tmp_path, generator=generator(tiny_sd3), rewards=rewards)
+    assert not lines(tmp_path)
+
+
 def test_no_prompts(tiny_sd3, tmp_path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     make = generator(tiny_sd3)
@@ -152,7 +204,8 @@ def test_no_prompts(tiny_sd3, tmp_path) -> None:
 
 def test_the_checker_reads_the_world_only(tiny_sd3, tmp_path) -> None:
     with pytest.raises(ValueError, match="32 x 32 pixels, but these are 16 x 16"):
-        predict(tmp_path, generator=generator(tiny_sd3), checker=True)
+        prompts = ["a red circle on a dark background"]
+        predict(tmp_path, generator=generator(tiny_sd3), checker=True, prompts=prompts)
     world = partial(Generator, "world:sd3", text_tokens=1)
     with pytest.raises(ValueError, match="'a blue circle' is not in the world's grammar"):
         predict(tmp_path, generator=world, checker=True, prompts=["a blue circle"])
