@@ -15,6 +15,7 @@ COMMANDS = {
     "validate": "Measure the validation losses of a checkpoint.",
     "test": "Measure values at several noise levels, or finished samples.",
     "predict": "Sample prompts: plain, best-of-N, FK steering or guidance; images and samples.jsonl as they come.",
+    "check": "Are the files that a config names complete and right? In seconds, before anything is loaded.",
     "sweep": "Run predict for several settings of one parameter, such as a guidance strength, and compare them.",
     "curves": "Draw reward against cost of finished or running fits, and compare what they cost.",
 }
@@ -56,6 +57,11 @@ def main(args: list[str] | None = None) -> None:
         )
         raise SystemExit(2)
 
+    if argv[0] == "check":
+        from stitchvm.preflight import main as check
+
+        check(argv[1:])
+        return
     if argv[0] == "sweep":
         from stitchvm.sweep import main as sweep
 

@@ -6,6 +6,7 @@ Differences from the stock one: only the asked command's parser is built; `searc
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -124,9 +125,26 @@ class StitchCLI(LightningCLI):
         self.subcommands = lambda: wanted  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--print_cost` to `fit`; a run's config.yaml does not have it."""
+        if self.command == "fit":
+            parser.add_argument(
+                "--print_cost",
+                nargs="?",
+                const="measure",
+                default=argparse.SUPPRESS,
+                choices=("measure", "count"),
+                help="Print what an update of a fine-tuning costs and exit; `count` runs nothing.",
+            )
+
+    @property
+    def prints_cost(self) -> str | None:
+        """What `--print_cost` asks for: "measure" or "count"."""
+        return self.config[self.subcommand].get("print_cost")
+
     def before_instantiate_classes(self) -> None:
         """Refuses a folder that holds an earlier run, before anything is built."""
-        if self.subcommand not in ("fit", "search"):
+        if self.subcommand not in ("fit", "search") or self.prints_cost:
             return
         config = self.config[self.subcommand]
         if config.trainer.fast_dev_run or config.get("ckpt_path"):
@@ -152,6 +170,11 @@ class StitchCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the command; of an interrupted one says how to go on, and exits as shells expect."""
+        if self.prints_cost:
+            from stitchvm.modules.cost_report import print_cost
+
+            print_cost(self.model, self.datamodule, self.trainer, self.prints_cost)
+            return
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as exit_:  # what Lightning makes of an interrupt
@@ -166,7 +189,10 @@ class StitchCLI(LightningCLI):
         """Logs into `default_root_dir` itself, so that one run is one folder."""
         trainer_config = self._get(self.config_init, "trainer", default={})
         root = trainer_config.get("default_root_dir") or "."
-        if trainer_config.get("logger") in (None, True) and self.subcommand == "fit":
+        if self.prints_cost:
+            kwargs["logger"] = False
+            self.save_config_callback = None
+        elif trainer_config.get("logger") in (None, True) and self.subcommand == "fit":
             from lightning.pytorch.loggers import TensorBoardLogger
 
             kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="")
