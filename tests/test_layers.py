@@ -32,7 +32,7 @@ LAYERS = [
     ["world"],
     ["data"],
     ["modules"],
-    ["cli", "lightning_cli", "sweep", "curves", "__main__"],
+    ["cli", "lightning_cli", "sweep", "curves", "preflight", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # the embedded world's trainer and demo stand beside the library, not in it

@@ -1,0 +1,100 @@
+"""Data sets: the layouts that the readers take are ok, and what lacks a list or its images is missing."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from stitchvm.data import preference, retrieval
+from stitchvm.data.ava import ava_test_data, ava_training_files
+from stitchvm.data.hpdv2 import hpdv2_test_data, hpdv2_training_files
+from stitchvm.data.preference import imagereward_test_data
+from stitchvm.preflight.data import LAYOUTS, check_images, check_layout, check_prompts
+from tests.data import files
+
+READERS = {
+    "ava": ("AVA", lambda root: ava_training_files(root, True)),
+    "ava_test": ("AVA", lambda root: ava_test_data(root, 8)),
+    "hpdv2_train": ("HPDv2", hpdv2_training_files),
+    "hpdv2_test": ("HPDv2", lambda root: hpdv2_test_data(root, 8)),
+    "imagereward": ("ImageReward", lambda root: imagereward_test_data(root, 8)),
+    "coco": ("coco", lambda root: retrieval.Retrieval(coco=root).test_data()),
+    "flickr30k": ("flickr30k", lambda root: retrieval.Retrieval(flickr30k=root).test_data()),
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    files.write_ava(tmp_path / "AVA", range(1, 9), range(1, 3))
+    files.write_hpdv2(tmp_path / "HPDv2")
+    files.write_imagereward(tmp_path / "ImageReward")
+    files.write_coco(tmp_path / "coco")
+    files.write_flickr30k(tmp_path / "flickr30k")
+    return tmp_path
+
+
+def test_every_layout_has_a_reader():
+    assert READERS.keys() == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_the_reader_takes_is_ok_and_what_it_refuses_is_not(root, layout):
+    """Each alternative, and the folder without its list, without its images, and not there at all."""
+    name, read = READERS[layout]
+    folder, (lists, folders, _) = root / name, LAYOUTS[layout]
+    read(str(folder))
+    assert check_layout("data", str(folder), layout).state == "ok"
+    images = next(f for f in folders if (folder / f).is_dir())
+    for alternative in folders:
+        if alternative not in ("", images):
+            (folder / alternative).parent.mkdir(exist_ok=True)
+            (folder / images).rename(folder / alternative)
+            read(str(folder))
+            assert check_layout("data", str(folder), layout).state == "ok", alternative
+            (folder / alternative).rename(folder / images)
+    for names in lists:
+        there = next(n for n in names if (folder / n).is_file())
+        (folder / there).rename(root / "aside")
+        with pytest.raises(ValueError, match=there.rpartition("/")[2].partition(".")[0]):
+            read(str(folder))
+        finding = check_layout("data", str(folder), layout)
+        assert finding.state == "missing" and there in finding.detail
+        (root / "aside").rename(folder / there)
+    shutil.rmtree(folder / images)
+    with pytest.raises(ValueError):
+        read(str(folder))
+    assert check_layout("data", str(folder), layout).state == "missing"
+    shutil.rmtree(folder)
+    assert check_layout("data", str(folder), layout).detail == "no such folder"
+
+
+def test_alternatives_are_the_readers_own():
+    assert LAYOUTS["coco"][1] == tuple(retrieval.COCO_FOLDERS)
+    assert LAYOUTS["flickr30k"][1] == tuple(retrieval.FLICKR_FOLDERS)
+    assert preference.imagereward_test_data is imagereward_test_data
+
+
+def test_folders_of_images(root, tmp_path):
+    assert check_images("data", str(root / "AVA")).state == "ok"
+    (root / "AVA" / "AVA_test.csv").unlink()
+    assert "AVA_test.csv" in check_images("data", str(root / "AVA")).detail
+    assert check_images("data", str(root / "AVA"), exclude_test=False).state == "ok"
+    plain = tmp_path / "plain"
+    assert check_images("data", str(plain)).detail == "no such folder"
+    plain.mkdir()
+    assert check_images("data", str(plain)).detail == "no images below it"
+    files.write_folder(plain)
+    assert check_images("data", str(plain)).state == "ok"
+
+
+def test_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    assert check_prompts("data.path", str(path)).state == "missing"
+    path.write_text("a cat\na dog\n")
+    finding = check_prompts("data.path", str(path))
+    assert finding.state == "ok" and "2 prompts" in finding.what
+    broken = tmp_path / "prompts.jsonl"
+    broken.write_text('{"prompt": "a cat"}\n{"text": "a dog"}\n')
+    finding = check_prompts("data.path", str(broken))
+    assert finding.state == "wrong" and "'prompt'" in finding.detail
