@@ -176,6 +176,7 @@ def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     from stitchvm.lightning_cli import StitchCLI
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["stitchvm"])  # Lightning warns of any other
     monkeypatch.setattr(StitchCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(StitchCLI, "after_instantiate_classes", lambda self: None)
     monkeypatch.setattr(StitchCLI, "before_instantiate_classes", lambda self: None)
