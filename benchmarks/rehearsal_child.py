@@ -16,7 +16,10 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Outcome", "preload", "prepare", "run_command"]
+__all__ = ["RELOAD", "Outcome", "preload", "prepare", "run_command"]
+
+
+RELOAD = "reload-lora"
 
 
 class Outcome(NamedTuple):
@@ -91,10 +94,13 @@ def _child(root: Path, argv: list[str], log: Path, sender: Any) -> None:
     code = 0
     try:
         prepare(root)
-        from stitchvm.cli import main
-
         print("stitchvm", *argv, flush=True)
-        main(argv)
+        if argv[0] == RELOAD:
+            _reload_lora(*argv[1:])
+        else:
+            from stitchvm.cli import main
+
+            main(argv)
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except BaseException:  # a crash is a result, too
@@ -104,6 +110,29 @@ def _child(root: Path, argv: list[str], log: Path, sender: Any) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _reload_lora(pipeline: str, folder: str) -> None:
+    """Gives an exported LoRA to the pipeline as diffusers opens it, and requires that every layer took it.
+
+    Raises:
+        ValueError: If it was not loaded.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors import safe_open
+
+    parts = [f"{kind}{k}" for kind in ("text_encoder", "tokenizer") for k in ("", "_2", "_3")]
+    parts = [name for name in parts if "FLUX" not in pipeline or not name.endswith("_3")]
+    pipe = DiffusionPipeline.from_pretrained(
+        pipeline, dtype=torch.bfloat16, **dict.fromkeys(parts)
+    )
+    pipe.load_lora_weights(folder)
+    taken = sum("lora_" in name for name, _ in pipe.transformer.named_parameters())
+    with safe_open(Path(folder) / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        given = len(list(file.keys()))
+    if taken != given or not given:
+        raise ValueError(f"the pipeline took {taken} of {given} matrices of the LoRA in {folder}")
 
 
 def _memory() -> tuple[float, str]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rehearsal_child import RELOAD
+from rehearsal_facts import PIPELINES
 
 __all__ = ["Plan", "plans"]
 
@@ -39,7 +41,7 @@ class Plan:
 
     Attributes:
         name: The configuration's name.
-        commands: The arguments of `stitchvm`, one list a command.
+        commands: The arguments of `stitchvm`, one list a command; one of them is none of its commands (`RELOAD`).
         steps: Optimiser steps, or steps of a sampler, in all.
         makes: Files below ROOT that must be there afterwards.
     """
@@ -156,9 +158,10 @@ def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Pl
     ]
     if name.startswith("nft"):
         more.append("--model.rollout_batch=4")
+    pipeline = next(p.id for key, p in PIPELINES.items() if name.endswith(key))
     return Plan(
         name,
-        _resumed(name, base, more, overlay),
+        (*_resumed(name, base, more, overlay), (RELOAD, pipeline, f"runs/{name}/lora")),
         4,
         (f"runs/{name}/lora/pytorch_lora_weights.safetensors",),
     )

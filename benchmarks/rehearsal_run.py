@@ -69,8 +69,6 @@ def run_plan(root: Path, plan: Plan) -> dict[str, Any]:
     missing = [file for file in plan.makes if not (root / file).is_file()]
     if error is None and missing:
         error = f"not written: {', '.join(missing)}"
-    if error is None and (root / "runs" / plan.name / "lora").is_dir():
-        error = _reload_lora(root, root / "runs" / plan.name)
     return {
         "config": plan.name,
         "commands": [argv[0] for argv in plan.commands],
@@ -81,29 +79,6 @@ def run_plan(root: Path, plan: Plan) -> dict[str, Any]:
         "passed": error is None,
         "error": error,
     }
-
-
-def _reload_lora(root: Path, run: Path) -> str | None:
-    """Loads an exported LoRA into the pipeline as diffusers opens it; returns what goes wrong."""
-    import torch
-    from diffusers import StableDiffusion3Pipeline
-    from rehearsal_hub import snapshot
-
-    if "sd35m" not in run.name:
-        return f"{run.name}: the rehearsal reloads the LoRA of SD 3.5 Medium only"
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(
-            snapshot(root, "stabilityai/stable-diffusion-3.5-medium"),
-            torch_dtype=torch.bfloat16,
-            text_encoder_3=None,
-            tokenizer_3=None,
-        )
-        before = {name for name, _ in pipe.transformer.named_parameters() if "lora_" in name}
-        pipe.load_lora_weights(run / "lora")
-        after = [name for name, _ in pipe.transformer.named_parameters() if "lora_" in name]
-    except Exception as error:  # whatever diffusers makes of it is the result
-        return f"load_lora_weights: {type(error).__name__}: {error}"
-    return None if len(after) > len(before) else "load_lora_weights loaded no LoRA"
 
 
 def _last_line(log: Path) -> str:
