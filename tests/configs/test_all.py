@@ -79,6 +79,9 @@ def test_papers_sampling_settings(name, monkeypatch):
         assert sampler.proposal_share == 0.4
     if method == "bon":
         assert sampler.particles == 4
+    if method.startswith("dps") and network != "world":
+        low, high = (0.5, 7.0) if "stitched" in method else (0.01, 0.5)
+        assert low <= sampler.strength <= high
     value = model.value and model.value.class_path.rsplit(".", 1)[1]
     steered = {"fks": "TweedieFactory", "dps": "TweedieFactory"}
     assert value == (steered | dict.fromkeys(("plain", "bon"))).get(method, "StitchedFactory")
