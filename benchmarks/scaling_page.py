@@ -23,6 +23,7 @@ HALF = RATE / 2
 
 Records = list[dict[str, Any]]
 NAMES = {"sd35m": "SD 3.5 Medium", "sd35l": "SD 3.5 Large", "flux": "FLUX.1-dev"}
+TOWERS = {"clip": "CLIP-L", "dfn": "DFN-CLIP", "hpsv2": "HPSv2"}
 # weights of the transformer, and of LoRA (r = 32) on it where the paper trains; see adapters/lora.py
 PARAMETERS = {"sd35m": 2.2432e9, "sd35l": 8.0566e9, "flux": 11.9014e9}
 LORA, TAIL = 18.78e6, 304.3e6  # SD 3.5 Medium's 191 layers; the vision tower of CLIP ViT-L/14@336
@@ -109,29 +110,48 @@ def distillation() -> str:
     """Returns what stage 2 costs."""
     rows = []
     for r in read("counts_distillation.json"):
-        if "tflop_per_image" in r:
-            paper = "–" if r["paper_hours"] is None else number(r["paper_hours"])
+        if "tflop_per_image" in r and "K = 2" not in r["variant"]:
+            paper = "–" if r["paper_hours"] is None else f"{r['paper_hours']:g}"
             same = number(r["hours_same_latents"])
-            cells = [number(r["tflop_per_image"]), number(r["hours"]), same, paper]
-            rows.append([f"{r['setup']}, {r['variant'].split(', ', 1)[1]}", *cells])
-    head = ["setup", "TFLOP an image", "hours, 5 epochs", "hours, same latents", "the paper's"]
+            _, side, reward = f"{r['setup']}_clip".split("_")[:3]
+            title = f"{TOWERS[reward]}, {side}²: {r['variant'].split(', ', 1)[1]}"
+            rows.append([title, number(r["tflop_per_image"]), number(r["hours"]), same, paper])
+    head = [
+        "SD 3.5 Medium",
+        "TFLOP an image",
+        "hours, 5 epochs",
+        "hours, same latents",
+        "the paper's",
+    ]
     return (
         table(head, rows) if rows else "(counted by `python benchmarks/distillation.py --count`)"
     )
 
 
+def towers() -> tuple[float, float]:
+    """Returns the FLOPs of DFN-CLIP's and HPSv2's towers together, and of their stitches and tails."""
+    flops = {
+        (r["setup"], r["part"]): r["flops"]
+        for r in read("counts_distillation.json")
+        if r["setup"] in ("sd35m_512_dfn", "sd35m_512_hpsv2") and "part" in r
+    }
+    teacher, student = (
+        sum(x for (_, part), x in flops.items() if part == name) for name in ("teacher", "student")
+    )
+    return teacher, student
+
+
 def updates() -> dict[str, tuple[int, float, float]]:
     """Returns, by method, the images of an update and the FLOPs of one: roll-out with value, and training.
 
-    SD 3.5 Medium at 512², guidance 1. Two rewards, both counted as the setup's CLIP-L (towers of DFN-CLIP and HPSv2 are
-    of its order); a backward pass to weights of LoRA as one to the input.
+    SD 3.5 Medium at 512², guidance 1, DFN-CLIP and HPSv2. A backward pass to LoRA's weights counts as one to the input,
+    that of a tower as many times its forward pass as for CLIP-L.
     """
-    found = parts("sd35m_512")
-    u, prefix, tail = found["denoiser"], found["prefix"], found["stitch and tail"]
-    decoder, reward = found["decoder"], found["reward"]
-    pixels = decoder.forward + 2 * reward.forward
-    pixels_back = decoder.backward + 2 * reward.backward
-    value, value_back = prefix.forward + 2 * tail.forward, prefix.backward + 2 * tail.backward
+    found, (tower, tail) = parts("sd35m_512"), towers()
+    u, prefix, decoder, clip = (found[n] for n in ("denoiser", "prefix", "decoder", "reward"))
+    back = clip.backward / clip.forward
+    pixels, value = decoder.forward + tower, prefix.forward + tail
+    pixels_back, value_back = decoder.backward + back * tower, prefix.backward + back * tail
 
     def nft(calls: float, levels: float, end: float) -> tuple[int, float, float]:
         return 1152, calls * u.forward + end, levels * (3 * u.forward + u.backward)

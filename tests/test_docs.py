@@ -144,13 +144,14 @@ def test_costs_are_added_up_from_the_counted_parts(monkeypatch: pytest.MonkeyPat
 
     u = scaling_page.Part(2.0, 3.0)
     counted = {"denoiser": u, "prefix": scaling_page.Part(0.5, 0.75)}
-    counted |= {name: scaling_page.Part(0.25, 0.5) for name in ("stitch and tail", "reward")}
+    counted["reward"] = scaling_page.Part(7.0, 14.0)  # a backward pass is two forward passes
     counted["decoder"] = scaling_page.Part(4.0, 5.0)
     monkeypatch.setattr(scaling_page, "parts", lambda setup: counted)
+    monkeypatch.setattr(scaling_page, "towers", lambda: (0.5, 0.5))
     found = scaling_page.updates()
-    # 25 calls, decoder and two rewards; 24 levels of three forward passes and one backward pass
+    # 25 calls, decoder and rewards; 24 levels of three forward passes and one backward pass
     assert found["DiffusionNFT"] == (1152, 25 * 2 + 4 + 0.5, 24 * 9)
-    # 12 … 17 calls, on average 14.5, and a level less; a prefix and two tails
+    # 12 … 17 calls, on average 14.5, and a level less; a prefix and the tails
     assert found["DiffusionNFT + StitchVM"] == (1152, 14.5 * 2 + 1, 13.5 * 9)
     assert found["DRaFT-3"] == (2048, 10 * 2 + 4.5, 3 * (2 + 3) + 5 + 2 * 0.5)
     assert found["DRaFT-1 + StitchVM"] == (2048, 5 * 2 + 1, (2 + 3) + 0.75 + 2 * 0.5)
