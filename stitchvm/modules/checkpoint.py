@@ -2,13 +2,17 @@
 
 A module mixes in `LeanCheckpoint` and names the prefixes of its frozen, pretrained parts. Their keys are dropped
 when a checkpoint is written; when one is read, every other key must be there.
+
+A run that ends between two steps at which its ModelCheckpoint saves leaves its last step in last.ckpt all the same.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 __all__ = ["LeanCheckpoint"]
 
@@ -24,6 +28,25 @@ class LeanCheckpoint(LightningModule):
 
     def _own(self, key: str) -> bool:
         return not key.startswith(self.pretrained_prefixes)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Leaves the last step of `max_steps` in last.ckpt, so that a longer run goes on from there.
+
+        ModelCheckpoint saves every so many steps and not at the end. Its own saving has been done by now, in the same
+        place of the loop, so that resuming from here is as exact.
+        """
+        if not 0 < self.trainer.max_steps <= self.trainer.global_step:
+            return
+        for callback in self.trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or callback.save_last is not True:
+                continue
+            if callback._last_global_step_saved != self.trainer.global_step:
+                assert callback.dirpath is not None
+                name = callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION
+                callback.last_model_path = callback.last_model_path or str(
+                    Path(callback.dirpath) / name
+                )
+                self.trainer.save_checkpoint(callback.last_model_path)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops the pretrained weights, and lists names and shapes of the others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stitchvm.modules.draft import DRaFT
 from tests.modules import alignment_runs as runs
@@ -26,6 +27,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     runs.assert_same(whole, load(tmp_path / "b" / "step=5.ckpt"))
     assert not torch.equal(
         whole["policy"]["default.W"], load(tmp_path / "a" / "step=4.ckpt")["policy"]["default.W"]
+    )
+
+
+def test_a_run_that_ends_between_two_checkpoints_leaves_its_last_step(tmp_path):
+    def every_second(name):
+        callback = ModelCheckpoint(tmp_path / name, every_n_train_steps=2, save_last=True)
+        return {"callbacks": [callback], "enable_checkpointing": True}
+
+    runs.fit(draft(), tmp_path, max_steps=3, **every_second("a"))
+    assert load(tmp_path / "a" / "last.ckpt")["global_step"] == 3
+    last = tmp_path / "a" / "last.ckpt"
+    runs.fit(draft(), tmp_path, max_steps=5, ckpt_path=last, **save_every_step(tmp_path / "b"))
+    runs.fit(draft(), tmp_path, max_steps=5, **save_every_step(tmp_path / "whole"))
+    runs.assert_same(
+        load(tmp_path / "whole" / "step=5.ckpt"), load(tmp_path / "b" / "step=5.ckpt")
     )
 
 
