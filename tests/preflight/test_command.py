@@ -12,6 +12,7 @@ from stitchvm.lightning_cli import StitchCLI
 from stitchvm.preflight.compose import compose
 from stitchvm.preflight.walk import check
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*args parameter is intended to run from within")
 CONFIGS = Path(__file__).parents[2] / "configs"
 REAL = sorted(p for p in CONFIGS.glob("*.yaml") if "world" not in p.stem)
 
