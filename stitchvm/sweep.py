@@ -130,7 +130,7 @@ def _report(
     summaries: list[Path],
 ) -> list[dict[str, Any]]:
     """Writes, draws and prints what a sweep came to."""
-    from stitchvm.modules.sweep import AVERAGE, best, sweep_records
+    from stitchvm.modules.sweep import AVERAGE, best, drawn, sweep_records
     from stitchvm.plots import sweep_curves
     from stitchvm.results import read_results, write_results
     from stitchvm.tables import records_to_text
@@ -156,7 +156,7 @@ def _report(
             print(f"{parameter} = {outcome.setting} failed: {outcome.error}")
     if any(record["metric"] == AVERAGE for record in records):
         print(f"highest {AVERAGE}: {parameter} = {best(records)}")
-    picture = sweep_curves(records, folder / "sweep.png")
+    picture = sweep_curves(drawn(records), folder / "sweep.png")
     print(f"wrote {path}, {picture}")
     return records
 

@@ -18,7 +18,7 @@ from stitchvm.metrics.estimate import Estimate, ratio
 from stitchvm.modules.sample_store import Line
 from stitchvm.modules.sampling_report import numbers, summary
 
-__all__ = ["AVERAGE", "Outcome", "best", "sweep_records"]
+__all__ = ["AVERAGE", "Outcome", "best", "drawn", "sweep_records"]
 
 AVERAGE = "average gain"
 Key = tuple[int, int]  # index of the prompt, seed
@@ -114,6 +114,20 @@ def sweep_records(
             found = {"value": float(gain.value), "stderr": float(gain.stderr), "n": int(gain.n)}
             records.append({"metric": AVERAGE, **common, **found})
     return records
+
+
+def drawn(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the records worth a panel: the average first, and no metric that says what one before it says.
+
+    Arguments:
+        records: The records of a sweep.
+    """
+    curves: dict[str, list[tuple[Any, Any]]] = {}
+    for record in records:
+        curves.setdefault(record["metric"], []).append((record["setting"], record["value"]))
+    order = sorted(curves, key=lambda metric: metric != AVERAGE)
+    kept = [m for k, m in enumerate(order) if curves[m] not in [curves[o] for o in order[:k]]]
+    return [record for metric in kept for record in records if record["metric"] == metric]
 
 
 def _mean(samples: Mapping[Key, float]) -> Estimate:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stitchvm.modules.sweep import AVERAGE, Outcome, best, sweep_records
+from stitchvm.modules.sweep import AVERAGE, Outcome, best, drawn, sweep_records
 
 
 def line(index: int, seed: int, clip: float, hps: float, right: float = 1.0) -> dict[str, Any]:
@@ -92,3 +92,16 @@ def test_what_cannot_be_compared_is_an_error() -> None:
     # gains are over the first that worked
     records = sweep_records([failed, first], "strength")
     assert [r["gain"] for r in records if r["metric"] == "clip" and r["setting"] == 0] == [0]
+
+
+def test_the_picture_has_the_average_first_and_nothing_twice() -> None:
+    settings = outcomes()
+    for each in settings:
+        for sample in each.lines:  # wrong as a whole because of its colours; its shapes are right
+            sample["checker"] |= {"colour": sample["checker"]["whole"], "shape": 1.0}
+    records = sweep_records(settings, "sampler.strength")
+    kept = drawn(records)
+    metrics = list(dict.fromkeys(record["metric"] for record in kept))
+    assert metrics == [AVERAGE, "clip", "hps", "checker/whole", "checker/shape"]
+    assert [r["setting"] for r in kept if r["metric"] == "clip"] == [0, 1e9, 2]
+    assert {r["metric"] for r in records} - set(metrics) == {"checker/colour"}
