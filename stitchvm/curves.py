@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     levels = {record["metric"]: record["level"] for record in found}
     picture = training_curves(points, args.output, x=args.x, levels=levels, title=args.title)
-    folders = {name: [str(run) for run in each] for name, each in logs.items()}
+    folders = {name: [_shown(run) for run in each] for name, each in logs.items()}
     path = args.output.with_suffix(".json")
     write_results(path, [*found, *points], extra={"runs": folders}, overwrite=True)
     _print(found, args.x, records_to_text)
@@ -126,6 +126,12 @@ def _named(arguments: Sequence[str]) -> list[tuple[str, list[Path]]]:
     if twice is not None:
         raise ValueError(f"the run {twice.name} comes twice: each counts once.")
     return list(found.items())
+
+
+def _shown(run: Path) -> str:
+    """Returns a run's folder below the working directory, or its name alone: no path of a machine."""
+    here = Path.cwd()
+    return str(run.resolve().relative_to(here)) if run.resolve().is_relative_to(here) else run.name
 
 
 def _scores(runs: Sequence[Any]) -> list[str]:

@@ -36,15 +36,17 @@ def two(tmp_path):
     return make(tmp_path, "slow", 1), f"fast={','.join(map(str, fast))}"
 
 
-def test_picture_results_and_table(two, tmp_path, capsys):
+def test_picture_results_and_table(two, tmp_path, capsys, monkeypatch):
     slow, fast = two
+    monkeypatch.chdir(tmp_path)
     output = tmp_path / "out" / "curves.png"
     argv = [f"slow={slow}", fast, "--metric", "val/hps", "--x", "cpu_seconds"]
     command(["curves", *argv, "--output", str(output)])
     out = capsys.readouterr().out
     assert output.stat().st_size > 5000
     results = read_results(output.with_suffix(".json"))
-    assert results["runs"]["slow"] == [str(slow)] and len(results["runs"]["fast"]) == 3
+    assert results["runs"] == {"slow": ["slow"], "fast": ["fast0", "fast1", "fast2"]}
+    assert str(tmp_path) not in output.with_suffix(".json").read_text()
     summary = [r for r in results["records"] if "level" in r]
     assert [(r["method"], r["runs"], r["level"]) for r in summary] == [
         ("slow", 1, 5.0),
