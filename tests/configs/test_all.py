@@ -79,6 +79,17 @@ def test_papers_sampling_settings(name, monkeypatch):
         assert sampler.proposal_share == 0.4
     if method == "bon":
         assert sampler.particles == 4
+    if (
+        network != "world"
+    ):  # gradients in bfloat16, what particles are weighed and images judged by in float32
+        generator, reward = model.generator.init_args, model.reward and model.reward.init_args
+        assert generator.dtype == "bfloat16"
+        assert generator.vae_dtype == ("bfloat16" if method == "dps" else "float32")
+        assert not reward or reward.dtype == ("bfloat16" if method == "dps" else "float32")
+        assert model.rewards["hpsv2"].init_args.dtype == "float32"
+        if "stitched" in method:
+            wanted = "bfloat16" if method == "dps_stitched" else "float32"
+            assert model.value.init_args.dtype == wanted
     if method.startswith("dps") and network != "world":
         low, high = (0.5, 7.0) if "stitched" in method else (0.01, 0.5)
         assert low <= sampler.strength <= high
