@@ -26,7 +26,10 @@ NAMES = {"sd35m": "SD 3.5 Medium", "sd35l": "SD 3.5 Large", "flux": "FLUX.1-dev"
 TOWERS = {"clip": "CLIP-L", "dfn": "DFN-CLIP", "hpsv2": "HPSv2"}
 # weights of the transformer, and of LoRA (r = 32) on it where the paper trains; see adapters/lora.py
 PARAMETERS = {"sd35m": 2.2432e9, "sd35l": 8.0566e9, "flux": 11.9014e9}
-LORA, TAIL = 18.78e6, 304.3e6  # SD 3.5 Medium's 191 layers; the vision tower of CLIP ViT-L/14@336
+# layers with an adapter, and their width: 8 a block but 7 in the last of SD 3.5, and 3 a single block of FLUX
+ADAPTED = {"sd35m": (191, 1536), "sd35l": (303, 2432), "flux": (266, 3072)}
+LORA = {model: n * 32 * 2 * width for model, (n, width) in ADAPTED.items()}
+TAIL = 304.3e6  # the vision tower of CLIP ViT-L/14@336
 IMAGES = 685_000  # AVA and HPDv2
 LATENT = 16 * 64 * 64 * 2  # bytes of a bfloat16 latent at 512²
 
@@ -221,12 +224,12 @@ def storage() -> str:
         ],
         [
             "a fine-tuning checkpoint, LoRA",
-            f"{5 * 4 * LORA / 1e6:.0f} MB",
+            f"{5 * 4 * LORA['sd35m'] / 1e6:.0f} MB",
             "weights, old, EMA, both moments",
         ],
         [
             "gradients of an update, LoRA",
-            f"{4 * LORA / 1e6:.0f} MB",
+            f"{4 * LORA['sd35m'] / 1e6:.0f} MB",
             "one average over devices per update",
         ],
         [
@@ -241,6 +244,22 @@ def storage() -> str:
             [f"{name}, transformer", size, "bfloat16; under FSDP2 gathered once in every pass"]
         )
     return table(["what", "size", ""], rows)
+
+
+def memory() -> str:
+    """Returns the bytes of weights and optimiser on each device, by model and number of devices."""
+    rows = []
+    for model, name in NAMES.items():
+        size, adapters = PARAMETERS[model], LORA[model]
+        for title, shared, own in (
+            # policy, old, EMA, gradient, two moments in float32
+            ("LoRA", 2 * size, 6 * 4 * adapters),
+            # the same of all weights, and the frozen model, in float32 too
+            ("all weights", 7 * 4 * size, 0),
+        ):
+            cells = [f"{(shared / n + own) / 1e9:.1f}" for n in (1, 4, 8, 16)]
+            rows.append([f"{name}, {title}", *cells])
+    return table(["GB a device, FSDP2 over", "1", "4", "8", "16"], rows)
 
 
 def measured() -> str:
@@ -261,6 +280,7 @@ TABLES = {
     "distillation": distillation,
     "training": training,
     "storage": storage,
+    "memory": memory,
     "measured": measured,
 }
 
