@@ -1,7 +1,8 @@
 """What is run of each configuration: commands of `stitchvm`, and the numbers that are overridden to keep it short.
 
 No path is overridden: the rehearsal's folder is the hub's cache and the working directory. What changes is how much is
-done (steps, images, prompts) and, where the networks are small or the machine is, the side of the images.
+done (steps, images, prompts), the number of devices, which is one, and, where the networks are small or the machine is,
+the side of the images.
 """
 
 from __future__ import annotations
@@ -90,7 +91,12 @@ def plans(scale: str, device: str, patterns: Sequence[str], root: Path) -> Itera
 def plan(path: Path, much: Sizes, overlay: Path) -> Plan:
     """Returns the plan of one configuration."""
     name = path.stem
-    base = ("--config", str(path), f"--trainer.accelerator={much.accelerator}")
+    trainer = (
+        f"--trainer.accelerator={much.accelerator}",
+        "--trainer.devices=1",
+        "--trainer.strategy=auto",
+    )
+    base = ("--config", str(path), *trainer)
     if name.startswith("distill_"):
         return _distillation(name, base, much, overlay)
     if name.startswith("eval_"):
@@ -182,8 +188,6 @@ def _sampling(name: str, base: Sequence[str], much: Sizes) -> Plan:
 
 def _evaluation(name: str, base: Sequence[str], much: Sizes) -> Plan:
     more = [f"--data.batch_size={much.batch}", "--data.num_workers=0"]
-    if name == "eval_samples":
-        more += ["--trainer.devices=1"]
-    else:
+    if name != "eval_samples":
         more += _side(much, "data.resolution")
     return Plan(name, (("test", *base, *more),), 0, (f"runs/{name}/metrics.json",))

@@ -35,7 +35,9 @@ def measured_card(
     """
     shown = [r for r in records if r["estimator"] in (estimator, "clean")]
     n = max((r["n"] for r in shown if r["estimator"] == estimator), default=0)
-    table = records_to_markdown(shown, rows=("metric", "estimator"), stderr=True)
+    table = records_to_markdown(
+        shown, stderr=True
+    )  # with a column of benchmarks if there are several
     part = f"### {data}\n\n{n} samples; ± is one standard error over them.\n\n{table}\n"
     head, title, rest = card.partition(f"{TITLE}\n")
     parts = re.split(r"(?m)^(?=### )", rest) if title else []

@@ -52,6 +52,16 @@ def test_parts_are_kept_by_data_set_and_replaced() -> None:
     assert "a table" in given and "0.600" in given
 
 
+def test_several_benchmarks_of_one_data_set_have_rows_of_their_own() -> None:
+    """COCO and Flickr30K in one test, as Table 5 has them: the same metrics and noise levels."""
+    both = [r | {"benchmark": name} for name in ("coco", "flickr30k") for r in records(0.9)]
+    both[-2]["value"] = 0.6
+    card = measured_card(model_card(CONFIG), "Retrieval", "stitched", both)
+    rows = [line for line in card.splitlines() if "stitched" in line and "|" in line]
+    assert ["coco" in row for row in rows] == [True, False] and "flickr30k" in rows[1]
+    assert "0.900" in rows[0] and "0.600" in rows[1]
+
+
 def test_only_local_folders_with_a_card_are_written_to(folder: Path) -> None:
     before = (folder / "README.md").read_text()
     assert write_measured("world:sd3", "x", "stitched", records(0.5)) is None
