@@ -165,6 +165,9 @@ def print_cost(
     columns = [key for key in show[0] if key != "flops"]
     print(f"\nper image{', and seconds of an update on a device' if warm_up else ''}:\n")
     print(records_to_text(show, rows=columns, column=None))
+    whole, done = records[-1]["forwards"] * here, records[-1]["flops"]
+    tera = "" if done is None else f", {done * here / 1e12:.4g} TFLOP"
+    print(f"\nan update on a device: {here} images, {whole:.4g} forwards{tera}")
     print(f"\n{conventions(module, why)}")
     if warm_up is not None:
         print(f"\n{measured(warm_up, records[-1]['flops'], here)}")

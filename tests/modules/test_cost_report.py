@@ -199,6 +199,7 @@ def test_print_cost_prints_a_table_and_leaves_nothing(config, capsys):
     printed = capsys.readouterr().out
     assert not root.exists()
     assert "DRaFT: 8 images an update, 2 for a prompt" in printed
+    assert "an update on a device: 8 images, " in printed and " TFLOP\n" in printed
     assert "an update takes about" in printed and "AdamW adds" in printed
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
     # 3 passes and R's at K = 1; a backward pass is 1 and run again 1
