@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metric",
         nargs="+",
-        help="tags of the logs, a panel each; by default all scores of held-out prompts that all runs have",
+        help="tags of the logs, or sums of tags (val/clip+val/hps), a panel each; by default all scores of held-out "
+        "prompts that all runs have",
     )
     parser.add_argument(
         "--x", choices=XS, default="device_seconds", help="the cost; seconds are of training alone"
@@ -178,8 +179,9 @@ def _print(found: Sequence[dict[str, Any]], x: str, text: Any) -> None:
             for r in mine
         ]
         print(f"\n{text(rows, rows=tuple(rows[0]), column=None, digits=4)}")
+    against = found[0]["against"]
     print(
-        f"\nratio: the cost of {found[0]['against']} to the same level, over that of the method; – is: not reached"
+        f"\nratio: the cost of {against} to the level over that of the method; – is: not reached, or from the start"
     )
 
 

@@ -76,20 +76,23 @@ def read_curve(scalars: Scalars, metric: str) -> list[dict[str, Any]]:
 
     Arguments:
         scalars: What `read_scalars` returned.
-        metric: The tag, such as "val/hps".
+        metric: The tag, such as "val/hps", or the sum of several, "val/clip+val/hps".
 
     Raises:
         ValueError: If the run has no such tag.
     """
-    if metric not in scalars:
-        near = [tag for tag in scalars if tag.startswith(("val/", "train/"))]
-        raise ValueError(
-            f"there is no {metric} in the logs; there are {', '.join(near) or 'none'}."
-        )
+    parts = metric.split("+")
+    for tag in parts:
+        if tag not in scalars:
+            near = [known for known in scalars if known.startswith(("val/", "train/"))]
+            raise ValueError(
+                f"there is no {tag} in the logs; there are {', '.join(near) or 'none'}."
+            )
     costs = {tag.removeprefix(COST): xs for tag, xs in scalars.items() if tag.startswith(COST)}
     points = []
-    for step, value in scalars[metric].items():
-        if math.isfinite(value):
+    for step in scalars[parts[0]]:
+        terms = [scalars[tag].get(step, math.nan) for tag in parts]
+        if math.isfinite(sum(terms)):
             spent = {name: xs[step] for name, xs in costs.items() if step in xs}
-            points.append({"step": step, **spent, "value": value})
+            points.append({"step": step, **spent, "value": sum(terms)})
     return points

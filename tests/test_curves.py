@@ -78,7 +78,7 @@ def test_picture_results_and_table(two, tmp_path, capsys, monkeypatch):
         "0.525",  # of 20, 19.05 and 18.18
         f"{40 / mean:.2f}",
     ] in lines
-    assert "cpu_seconds to 5" in out and "the cost of slow to the same level" in out
+    assert "cpu_seconds to 5" in out and "the cost of slow to the level" in out
 
 
 def test_by_default_all_scores_and_names_of_folders(two, tmp_path, capsys):

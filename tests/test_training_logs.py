@@ -73,6 +73,10 @@ def test_a_curve_has_costs_and_no_gaps():
     ]
     with pytest.raises(ValueError, match=r"no val/clip in the logs; there are val/hps"):
         read_curve(scalars, "val/clip")
+    with pytest.raises(ValueError, match=r"no val/clip in the logs"):
+        read_curve(scalars, "val/hps+val/clip")
+    scalars["val/clip"] = {0: 0.5, 10: 0.5}
+    assert [p["value"] for p in read_curve(scalars, "val/hps+val/clip")] == [1.5]
 
 
 def test_folders_that_are_no_run(tmp_path):

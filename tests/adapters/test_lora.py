@@ -82,6 +82,21 @@ def test_both_readings_of_the_list_at_the_size_of_sd35_medium(attn2, modules, mi
     assert {p.dtype for p in policy.parameters("ema").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("network", "modules"), [("sd35_large", 38 * 8 - 1), ("flux", 266)])
+def test_the_list_at_the_size_of_the_larger_networks(network, modules):
+    """FLUX.1: 19 double blocks with eight projections, 38 single ones with to_q, to_k and to_v."""
+    large = SD35_MEDIUM | {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "dual_attention_layers": (),
+    }
+    with torch.device("meta"):
+        transformer = (
+            FluxTransformer2DModel() if network == "flux" else SD3Transformer2DModel(**large)
+        )
+    assert len(PolicyAdapters(transformer).modules) == modules
+
+
 def test_targets_by_hand(tiny_sd3: Path, tiny_flux: Path) -> None:
     # 5 blocks with 8 projections, the last without to_add_out; 3 of them with a second attention of 4
     assert len(PolicyAdapters(generator_of(tiny_sd3).transformer, r=2).modules) == 5 * 8 - 1
