@@ -329,6 +329,15 @@ MED: dict[str, Any] = {
 }  # fmt: skip
 IMAGEREWARD: dict[str, Any] = {"width": 1024, "depth": 24, "image": 224, "patch": 16, "med": MED}
 
+# the network of transformers' conversion of Mask2Former with Swin-S for COCO's instances: 69 M in its paper's tables
+MASK2FORMER: dict[str, Any] = {
+    "backbone_config": {
+        "model_type": "swin", "image_size": 384, "embed_dim": 96, "depths": [2, 2, 18, 2],
+        "num_heads": [3, 6, 12, 24], "window_size": 7, "drop_path_rate": 0.3,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    },
+}  # fmt: skip
+
 REWARDS: dict[str, Reward] = {
     "clip": Reward("timm/vit_large_patch14_clip_336.openai", "open_clip",
                    {"name": "ViT-L-14-336-quickgelu"}, ("open_clip_model.safetensors",)),
@@ -343,6 +352,8 @@ REWARDS: dict[str, Reward] = {
                         ("model.safetensors",)),
     "processor": Reward("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "processor", {"size": 224}),
     "imagereward": Reward("THUDM/ImageReward", "imagereward", IMAGEREWARD, ("ImageReward.pt",)),
+    "detector": Reward("facebook/mask2former-swin-small-coco-instance", "mask2former",
+                       MASK2FORMER, ("model.safetensors",)),
     "bert": Reward("google-bert/bert-base-uncased", "bert", {"tokens": 30522}),
 }  # fmt: skip
 

@@ -22,8 +22,6 @@ __all__ = ["Plan", "plans"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 ORDER = ("distill_", "plain_", "bon_", "dps_", "fks_", "eval_", "draft", "grpo_", "nft_")
 WORLD = "world"
-# on random weights there is nothing to measure: a detector, and a benchmark of many prompts, are left out
-SKIPPED = {"eval_geneval_hf": "needs a detector that is not among the checkpoints written here"}
 CHECKPOINTS: dict[str, Any] = {
     "trainer": {
         "callbacks": [
@@ -82,7 +80,7 @@ def plans(scale: str, device: str, patterns: Sequence[str], root: Path) -> Itera
     much = sizes(scale, device)
     overlay = root / "overlay.yaml"
     overlay.write_text(yaml.safe_dump(CHECKPOINTS))
-    paths = [p for p in CONFIGS.glob("*.yaml") if WORLD not in p.stem and p.stem not in SKIPPED]
+    paths = [p for p in CONFIGS.glob("*.yaml") if WORLD not in p.stem]
     paths = [p for p in paths if any(fnmatch.fnmatch(p.stem, pattern) for pattern in patterns)]
     for path in sorted(paths, key=lambda p: (_rank(p.stem), p.stem)):
         yield plan(path, much, overlay)
@@ -188,6 +186,15 @@ def _sampling(name: str, base: Sequence[str], much: Sizes) -> Plan:
 
 def _evaluation(name: str, base: Sequence[str], much: Sizes) -> Plan:
     more = [f"--data.batch_size={much.batch}", "--data.num_workers=0"]
-    if name != "eval_samples":
+    commands: list[tuple[str, ...]] = []
+    if name == "eval_geneval_hf":  # images of its own prompts
+        path, samples = CONFIGS / "plain_sd35m.yaml", f"runs/{name}/prompts"
+        plain = _sampling("plain_sd35m", ("--config", str(path), *base[2:]), much).commands[0]
+        prompts = "--data.path=data/geneval/evaluation_metadata.jsonl"
+        commands.append((*plain, prompts, f"--trainer.default_root_dir={samples}"))
+        more += [f"--data.root={samples}"]
+        more += ["--model.detector.size=[64,64]"] if much.side == 64 else []
+    elif name != "eval_samples":
         more += _side(much, "data.resolution")
-    return Plan(name, (("test", *base, *more),), 0, (f"runs/{name}/metrics.json",))
+    commands.append(("test", *base, *more))
+    return Plan(name, tuple(commands), 0, (f"runs/{name}/metrics.json",))

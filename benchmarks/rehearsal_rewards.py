@@ -1,4 +1,4 @@
-"""Writes rewards in their published layouts: open_clip's, HPSv2's, LAION's, PickScore's, ImageReward's."""
+"""Writes rewards in their published layouts: CLIP, HPSv2, LAION's head, PickScore, ImageReward, and a detector."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ __all__ = ["architecture", "reward_shapes", "write_reward"]
 OPENAI = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+MASK2FORMER_PROCESSOR = {
+    "image_processor_type": "Mask2FormerImageProcessor",
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "ignore_index": 255,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "num_labels": 80,
+    "resample": 2,
+    "size": {"height": 384, "width": 384},
+    "size_divisor": 32,
 }
 
 
@@ -47,6 +61,8 @@ def reward_shapes(reward: Reward, scale: str) -> Shapes:
         }
     if reward.kind == "imagereward":
         return imagereward_shapes(**config)
+    if reward.kind == "mask2former":
+        return shapes_of("Mask2FormerForUniversalSegmentation", _mask2former(config))
     if reward.kind == "aesthetic":
         widths = config["widths"]
         pairs = zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True)
@@ -79,6 +95,9 @@ def write_reward(root: Path, reward: Reward, scale: str) -> None:
         _json(folder / "config.json", reward.config)
     elif reward.kind == "imagereward":
         _json(folder / "med_config.json", reward.config["med"])
+    elif reward.kind == "mask2former":
+        _json(folder / "config.json", _mask2former(reward.config))
+        _json(folder / "preprocessor_config.json", MASK2FORMER_PROCESSOR)
     elif reward.kind == "bert":
         write_bert_tokenizer(folder, reward.config["tokens"])
     elif reward.kind == "processor":
@@ -86,6 +105,17 @@ def write_reward(root: Path, reward: Reward, scale: str) -> None:
         size = reward.config["size"]
         settings = {"crop_size": size, "do_center_crop": True, "do_normalize": True, "resample": 3}
         _json(folder / "preprocessor_config.json", settings | {"size": size} | OPENAI)
+
+
+def _mask2former(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns config.json of a Mask2Former for COCO's instances."""
+    from transformers import Mask2FormerConfig
+
+    from stitchvm.metrics.geneval_detectors import OBJECTS
+
+    labels = dict(enumerate(OBJECTS))
+    made: dict[str, Any] = Mask2FormerConfig(**config, id2label=labels).to_dict()
+    return made | {"architectures": ["Mask2FormerForUniversalSegmentation"]}
 
 
 def _json(path: Path, content: object) -> None:

@@ -113,6 +113,18 @@ def scaled_rewards(scale: str) -> dict[str, Reward]:
         },
         "processor": {"size": 42},
         "aesthetic": {"widths": (24, 64, 32, 16, 8, 1)},
+        "detector": {
+            "backbone_config": REWARDS["detector"].config["backbone_config"]
+            | {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]},
+            "feature_size": 32,
+            "mask_feature_size": 32,
+            "hidden_dim": 32,
+            "encoder_feedforward_dim": 32,
+            "dim_feedforward": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "num_queries": 10,
+        },
         "imagereward": {
             "width": 64,
             "depth": 2,
