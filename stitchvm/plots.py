@@ -115,8 +115,8 @@ def sweep_curves(records: Iterable[Record], path: str | Path, *, title: str | No
     if not kept:
         raise ValueError("no record has a setting and a value: nothing to draw.")
     metrics = list(dict.fromkeys(r["metric"] for r in kept))
-    columns = min(len(metrics), 4)
-    rows = -(-len(metrics) // columns)
+    rows = -(-len(metrics) // 4)
+    columns = -(-len(metrics) // rows)  # 5 panels are 3 and 2, not 4 and 1
     figure = Figure(figsize=(max(3.4 * columns, 5.0), 2.9 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     lines = list(dict.fromkeys((r.get("method"), r.get("value_estimator")) for r in kept))

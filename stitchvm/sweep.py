@@ -149,7 +149,10 @@ def _report(
     columns = ("metric", "setting", "value", "stderr", "gain", "gain_stderr")
     order = list(dict.fromkeys(record["metric"] for record in shown))
     shown.sort(key=lambda record: order.index(record["metric"]))
-    rows = [{"gain": None, "gain_stderr": None, **record} for record in shown]
+    rows = [
+        {"gain": None, "gain_stderr": None, **record, "setting": str(record["setting"])}
+        for record in shown
+    ]
     print(f"\n{records_to_text(rows, rows=columns, column=None)}")
     for outcome in outcomes:
         if outcome.error is not None:

@@ -64,6 +64,8 @@ def test_every_setting_is_a_run_of_its_own(tmp_path: Path, capsys: Any) -> None:
     assert read_results(tmp_path / "sweep.json")["records"] == records
     assert (tmp_path / "sweep.png").stat().st_size > 5000
     out = capsys.readouterr().out
+    table = [row.split() for row in out.partition("clip")[2].splitlines()[:3]]
+    assert [row[0] for row in table] == ["0", "0.5", "2"], "settings as they were given"
     assert "highest average gain: sampler.strength = 2" in out
     assert "sampler.strength = 1e+39 failed: the latent is not finite" in out
 
