@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-quick lint format types world bench results clean
+.PHONY: help install demo test test-quick lint format types world bench results docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -45,13 +45,17 @@ bench: install ## Stage 1, stage 2 and sampling on the world: rates, their split
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/sampling.py
 
-results: install ## Everything the README shows of the world, then the README itself (hours; resumes)
+results: install ## All that README and docs/results.md show of the world, then these pages (hours; resumes)
 	$(BIN)/python -m stitchvm.world.gates
 	$(BIN)/python benchmarks/world_values.py
 	$(BIN)/python benchmarks/search_study.py
 	$(BIN)/python benchmarks/world_sampling.py
+	$(BIN)/python benchmarks/world_alignment.py --seeds 0 1 2
 	$(BIN)/python benchmarks/readme.py
-	$(BIN)/python benchmarks/readme_sampling.py
+
+docs: install ## Build the documentation into site/; every warning is an error
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## Remove caches and runs/ (asks first)
 	@read -p "remove runs/ and caches? [y/N] " answer && [ "$$answer" = y ] && rm -rf runs .pytest_cache .ruff_cache .mypy_cache

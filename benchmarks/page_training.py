@@ -1,24 +1,22 @@
-"""Puts the training figures of results/world/ into the README and draws them: `python benchmarks/readme_alignment.py`.
+"""The world's training-time alignment on the page of results, and in short for the README; draws its curves.
 
 The reward is the sum that is trained for. Curves and costs to equal reward are those of `stitchvm curves`.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from readme import README, WORLD, source
+from pages import WORLD, source
 from world_alignment import REWARDS, SCORES
 
 from stitchvm.results import read_results
 from stitchvm.training_curves import summaries, training_curves
 
-MARKERS = re.compile(r"(<!-- alignment: begin .*? -->\n).*?(<!-- alignment: end -->)", re.S)
 IMAGES = Path("docs/images")
 LABELS = {
     "base": "before training",
@@ -105,7 +103,7 @@ def equal_reward(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def section(kind: str, title: str) -> list[str]:
+def part(kind: str, title: str) -> list[str]:
     """Returns the paragraphs of one results file, and draws its picture."""
     path = WORLD / f"{kind}.json"
     if not path.is_file():
@@ -122,20 +120,19 @@ def section(kind: str, title: str) -> list[str]:
     picture = IMAGES / f"world_{kind}.png"
     shown = [p for metric in TITLES for p in points(records, metric)]
     training_curves(shown, picture, x="cpu_seconds")
-    return [*parts, f"![{title}]({picture})"]
+    return [*parts, f"![{title}](images/{picture.name})"]
 
 
-def main() -> None:
-    """Rewrites the README's section of training results."""
-    parts = section("alignment", "Training")
-    parts += section("alignment_windows", "Stopping windows")
-    body = "\n\n".join(parts)
-    new, count = MARKERS.subn(lambda m: f"{m[1]}\n{body}\n\n{m[2]}", README.read_text())
-    if count != 1:
-        raise SystemExit("README.md must have one pair of alignment markers")
-    README.write_text(new)
-    print(f"README.md: {len(body.splitlines())} lines of training results")
+def section() -> str:
+    """Returns all of it, and draws the curves."""
+    parts = part("alignment", "Training") + part("alignment_windows", "Stopping windows")
+    return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
-    main()
+def summary() -> str:
+    """Returns scores and costs of all methods, and the costs to equal reward."""
+    path = WORLD / "alignment.json"
+    if not path.is_file():
+        return ""
+    records = with_sums(read_results(path)["records"])
+    return f"{table(records)}\n\n{equal_reward(records)}"

@@ -1,16 +1,14 @@
-"""Puts the sampling figures of results/world/ into the README: `python benchmarks/readme_sampling.py`."""
+"""The world's inference-time alignment on the page of results, and in short for the README."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from readme import README, WORLD, source
+from pages import WORLD, read, source
 
 from stitchvm.results import read_results
 
-MARKERS = re.compile(r"(<!-- sampling: begin .*? -->\n).*?(<!-- sampling: end -->)", re.S)
 TARGETS = {"hps": "Preference reward", "aesthetic": "Aesthetic reward", "clip": "CLIP reward"}
 METHODS = {
     "plain": "plain (ODE)",
@@ -50,8 +48,8 @@ def table(records: list[dict[str, Any]], target: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Rewrites the README's section of sampling results."""
+def section() -> str:
+    """Returns all of it."""
     parts = []
     for target, title in TARGETS.items():
         path = WORLD / f"sampling_{target}.json"
@@ -72,14 +70,24 @@ def main() -> None:
             if kind == "cross":
                 parts.append(table(content, target))
             elif picture.is_file():
-                parts.append(f"![Reward against the cost of a sample]({picture})")
-    body = "\n\n".join(parts)
-    new, count = MARKERS.subn(lambda m: f"{m[1]}\n{body}\n\n{m[2]}", README.read_text())
-    if count != 1:
-        raise SystemExit("README.md must have one pair of sampling markers")
-    README.write_text(new)
-    print(f"README.md: {len(body.splitlines())} lines of sampling results")
+                parts.append(f"![Reward against the cost of a sample](images/{picture.name})")
+    return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
-    main()
+def summary() -> str:
+    """Returns what each reward comes to when it steers, and what a sample costs; one table of all methods."""
+    found = {target: read(f"sampling_{target}") or [] for target in TARGETS}
+    heads = [f"{title.lower()} | whole scenes" for title in TARGETS.values()]
+    lines = [
+        f"| method | {' | '.join(heads)} | CPU s / sample |",
+        "|---|" + "---:|" * (2 * len(TARGETS) + 1),
+    ]
+    for method, label in METHODS.items():
+        cells, seconds = [], []
+        for target, records in found.items():
+            mine = {r["metric"]: r for r in records if r["name"] == method}
+            cells += [cell(mine[m]) if m in mine else "" for m in (target, "checker/whole")]
+            seconds += [r["cpu_seconds"] for m, r in mine.items() if m == target]
+        mean = sum(seconds) / len(seconds) if seconds else float("nan")
+        lines.append(f"| {label} | {' | '.join(cells)} | {mean:.2f} |")
+    return "\n".join(lines)
