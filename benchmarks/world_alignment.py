@@ -12,7 +12,7 @@ the averaged policy on 200 captions of "test", 40 steps at guidance 1, with the 
 that is the table. Finished runs are not done again, interrupted ones go on from their last checkpoint.
 
 Core-seconds are the process's CPU seconds on one thread, of training alone. Writes results/world/alignment.json and
-alignment_windows.json, and prints tables; `benchmarks/readme_alignment.py` draws them into the README.
+alignment_windows.json, and prints tables; `benchmarks/readme.py` draws them.
 """
 
 from __future__ import annotations
