@@ -27,6 +27,8 @@ LABELS = {
     "draft3_stitched": "DRaFT-3 + StitchVM",
     "nft": "DiffusionNFT",
     "nft_stitched": "DiffusionNFT + StitchVM",
+    "nft_scaled": "DiffusionNFT, standardised",
+    "nft_stitched_scaled": "DiffusionNFT + StitchVM, standardised",
 }
 TITLES = {"reward": "clip + hps, clean", "checker/whole": "whole scenes right (checker)"}
 
@@ -126,6 +128,7 @@ def part(kind: str, title: str) -> list[str]:
 def section() -> str:
     """Returns all of it, and draws the curves."""
     parts = part("alignment", "Training") + part("alignment_windows", "Stopping windows")
+    parts += part("alignment_scales", "Terms of the reward standardised within groups")
     return "\n\n".join(parts)
 
 

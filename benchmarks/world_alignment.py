@@ -1,10 +1,12 @@
 """What the world must show of training-time alignment: Table 3 and Figures 4, 5 and 7 in small.
 
-    python benchmarks/world_alignment.py --parts methods windows --seeds 0 1 2
+    python benchmarks/world_alignment.py --parts methods windows scales --seeds 0 1 2
 
 - methods: Flow-GRPO-Fast, DRaFT-1, DRaFT-3 and DiffusionNFT with the terminal reward, the last three with a stitched
   value and a stopping point, too; same reward (CLIP + preference), same prompts, about the same core-seconds;
-- windows: the stopping windows of Figure 7 for DiffusionNFT.
+- windows: the stopping windows of Figure 7 for DiffusionNFT;
+- scales: DiffusionNFT with the terms of the reward standardised within each prompt's group, terminal and stitched. At a
+  noise level the spread of a term is not that of the clean reward, so that a plain sum weighs the terms in another way.
 
 Every run is `stitchvm fit` on a shipped config with overrides, in a folder and a process of its own. While it trains,
 64 captions of the split "tune" are sampled now and then: those are the curves. At the end `stitchvm validate` scores
@@ -45,6 +47,7 @@ METHODS: dict[str, tuple[int, int]] = {
 }
 # The stopping windows of Figure 7, in the same shares of the schedule's steps: 12–17, 12–25, 2–12 and 20–25 of 25
 WINDOWS = {"5-7": "[5, 7]", "5-10": "[5, 10]", "1-5": "[1, 5]", "8-10": "[8, 10]"}
+SCALES = {"nft_scaled": "nft", "nft_stitched_scaled": "nft_stitched"}
 
 
 def stitchvm(*arguments: str | Path) -> None:
@@ -150,7 +153,7 @@ def show(found: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Runs what is missing of the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("methods", "windows")
+    parts = ("methods", "windows", "scales")
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--windows", nargs="+", default=list(WINDOWS), choices=list(WINDOWS))
@@ -173,6 +176,14 @@ def main() -> None:
                 records = run(name, "nft_stitched", seed, extra)
                 found += [{**record, "name": window} for record in records]
                 write(found, "alignment_windows", args.seeds)
+        show(found)
+    if "scales" in args.parts:
+        found = []
+        for seed in args.seeds:
+            for name, method in SCALES.items():
+                found += run(method, method, seed, [])
+                found += run(name, method, seed, ["--model.normalise=group"])
+                write(found, "alignment_scales", args.seeds)
         show(found)
 
 
