@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+
+FSDP2 = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "save_distributed_checkpoint": False,
+    },
+}
 
 
 def write_images(folder: Path, n: int = 40, side: int = 20) -> Path:
@@ -125,3 +135,38 @@ def stitchvm(*arguments: str | Path) -> str:
 def checkpoint(root: Path, name: str = "last") -> dict[str, Any]:
     """Returns a checkpoint of a run, read the safe way."""
     return torch.load(root / "checkpoints" / f"{name}.ckpt", weights_only=True, map_location="cpu")
+
+
+def write_run(
+    config: dict[str, Any], root: Path, strategy: Any = None, max_steps: int | None = None
+) -> Path:
+    """Writes the configuration of a run beside its folder, on two processes if there is a strategy; returns `root`."""
+    if max_steps is not None:
+        config["trainer"]["max_steps"] = max_steps
+    if strategy is not None:
+        config["trainer"] |= {"devices": 2, "strategy": strategy}
+    write_config(config, root.with_suffix(".yaml"))
+    return root
+
+
+def fit(root: Path, *arguments: str) -> dict[str, Any]:
+    """Runs `stitchvm fit` on the configuration beside a run's folder and returns the last checkpoint."""
+    stitchvm("fit", "--config", root.with_suffix(".yaml"), *arguments)
+    return checkpoint(root)
+
+
+def killed_at(root: Path, step: int) -> Path:
+    """Starts the run of a folder, kills it when it has a checkpoint of a step, and returns that, the last there is."""
+    process = start("fit", "--config", root.with_suffix(".yaml"))
+    deadline = time.monotonic() + 600
+    wanted = root / "checkpoints"
+    while not list(wanted.glob(f"*step={step}.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for later in wanted.glob("*.ckpt"):  # whatever came after that step before the signal did
+        if f"step={step}.ckpt" not in later.name:
+            later.unlink()
+    return next(wanted.glob(f"*step={step}.ckpt"))

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.modules import runs
+from tests.modules.runs import FSDP2, fit
 
 pytestmark = pytest.mark.slow
-
-FSDP2 = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {
-        "data_parallel_size": 2,
-        "tensor_parallel_size": 1,
-        "save_distributed_checkpoint": False,
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +21,9 @@ def make(tiny_sd3, tiny_clip, tmp_path_factory):
     def config(name: str, batch_size: int = 4, strategy=None, max_steps: int = 6, **model) -> Path:
         made = runs.distillation_config(tiny_sd3, tiny_clip, images, folder / name, **model)
         made["data"]["init_args"]["batch_size"] = batch_size
-        made["trainer"]["max_steps"] = max_steps
-        if strategy is not None:
-            made["trainer"] |= {"devices": 2, "strategy": strategy}
-        runs.write_config(made, folder / f"{name}.yaml")
-        return folder / name
+        return runs.write_run(made, folder / name, strategy, max_steps)
 
     return config
-
-
-def fit(root: Path, *arguments: str) -> dict:
-    runs.stitchvm("fit", "--config", root.with_suffix(".yaml"), *arguments)
-    return runs.checkpoint(root)
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +60,8 @@ def assert_close(one: dict, two: dict) -> None:
 
 def test_a_killed_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(make, single):
     root = make("killed", max_steps=100_000)
-    process = runs.start("fit", "--config", root.with_suffix(".yaml"))
-    deadline = time.monotonic() + 240
-    wanted = root / "checkpoints"
-    while not list(wanted.glob("*step=4.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for later in wanted.glob("*.ckpt"):  # whatever came after step 4 before the signal did
-        if "step=4" not in later.name:
-            later.unlink()
+    four = runs.killed_at(root, 4)
     make("killed")
-    four = next(wanted.glob("*step=4.ckpt"))
     assert_same(single, fit(root, "--ckpt_path", str(four)))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,10 @@ import torch
 
 from tests.modules import alignment_runs, runs
 from tests.modules.alignment_runs import assert_close, assert_same
+from tests.modules.runs import FSDP2, fit
 from tests.modules.sampling_runs import value_model
 
 pytestmark = pytest.mark.slow
-
-FSDP2 = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {
-        "data_parallel_size": 2,
-        "tensor_parallel_size": 1,
-        "save_distributed_checkpoint": False,
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +41,10 @@ def make(tiny_sd3, tiny_clip, tmp_path_factory):
         )
         if precision != "32-true":
             made["model"]["init_args"]["generator"]["init_args"]["dtype"] = "bfloat16"
-        made["trainer"] |= {"max_steps": max_steps, "precision": precision}
-        if strategy is not None:
-            made["trainer"] |= {"devices": 2, "strategy": strategy}
-        runs.write_config(made, folder / f"{name}.yaml")
-        return folder / name
+        made["trainer"]["precision"] = precision
+        return runs.write_run(made, folder / name, strategy, max_steps)
 
     return config
-
-
-def fit(root: Path, *arguments: str) -> dict[str, Any]:
-    runs.stitchvm("fit", "--config", root.with_suffix(".yaml"), *arguments)
-    return runs.checkpoint(root)
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +55,8 @@ def single(make):
 
 def test_a_killed_run_resumes_bit_for_bit(make, single):
     root = make("killed", max_steps=100_000)
-    process = runs.start("fit", "--config", root.with_suffix(".yaml"))
-    deadline = time.monotonic() + 240
-    wanted = root / "checkpoints"
-    while not list(wanted.glob("*step=3.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for later in wanted.glob("*.ckpt"):  # whatever came after step 3 before the signal did
-        if "step=3" not in later.name:
-            later.unlink()
+    three = runs.killed_at(root, 3)
     make("killed")
-    three = next(wanted.glob("*step=3.ckpt"))
     assert_same(single, fit(root, "--ckpt_path", str(three)))
 
 

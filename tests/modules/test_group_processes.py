@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +9,11 @@ import pytest
 
 from tests.modules import alignment_runs, runs
 from tests.modules.alignment_runs import assert_close, assert_same
+from tests.modules.runs import FSDP2, fit
 from tests.modules.sampling_runs import value_model
 
 pytestmark = pytest.mark.slow
 
-FSDP2 = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {
-        "data_parallel_size": 2,
-        "tensor_parallel_size": 1,
-        "save_distributed_checkpoint": False,
-    },
-}
 METHODS = {
     # stopped at a value on the trained transformer; two terms of the loss; the old policy lags behind
     "nft": {"class_path": "stitchvm.modules.nft.DiffusionNFT", "stop": [2, 3], "decay_type": 1},
@@ -55,18 +46,9 @@ def make(request, tiny_sd3, tiny_clip, tmp_path_factory):
         if "grpo" in folder.name:
             init_args.pop("lam")
         made["model"]["init_args"] = init_args
-        made["trainer"]["max_steps"] = max_steps
-        if strategy is not None:
-            made["trainer"] |= {"devices": 2, "strategy": strategy}
-        runs.write_config(made, folder / f"{name}.yaml")
-        return folder / name
+        return runs.write_run(made, folder / name, strategy, max_steps)
 
     return config
-
-
-def fit(root: Path, *arguments: str) -> dict[str, Any]:
-    runs.stitchvm("fit", "--config", root.with_suffix(".yaml"), *arguments)
-    return runs.checkpoint(root)
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +60,8 @@ def single(make):
 def test_a_killed_run_resumes_bit_for_bit(make, single):
     """Policy, old policy, average, optimiser and counters, from a checkpoint in the middle of the run."""
     root = make("killed", max_steps=100_000)
-    process = runs.start("fit", "--config", root.with_suffix(".yaml"))
-    deadline = time.monotonic() + 600
-    wanted = root / "checkpoints"
-    while not list(wanted.glob("*step=4.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for later in wanted.glob("*.ckpt"):  # whatever came after step 4 before the signal did
-        if "step=4" not in later.name:
-            later.unlink()
+    four = runs.killed_at(root, 4)
     make("killed")
-    four = next(wanted.glob("*step=4.ckpt"))
     resumed = fit(root, "--ckpt_path", str(four))
     assert_same(single, resumed)
     names = {key.split(".", 1)[0] for key in single["policy"]}
