@@ -165,8 +165,8 @@ def _open_clip(
         except ValueError as error:
             yield Finding(part, model, "wrong", str(error), "see the message")
             return
-        if place.folder is None or files is None:
-            yield place.absent(part, "" if files is None else files[0])
+        if place.folder is None:
+            yield place.absent(part, files[0])
             return
         shapes, findings = _one_of(part, place, files)
         yield from _fits(part, model, shapes, findings)
@@ -187,7 +187,7 @@ def _open_clip(
 
 def _published(
     model: str, checkpoint: str | None, quick_gelu: bool | None
-) -> tuple[Place, tuple[str, ...] | None]:
+) -> tuple[Place, tuple[str, ...]]:
     """Returns where an architecture's weights are and what they may be called.
 
     Raises:
@@ -211,9 +211,9 @@ def _published(
         )
     if not preset:
         return _file(tag)
-    if preset.get("hf_hub"):
-        return find(preset["hf_hub"].rstrip("/")), WEIGHTS
-    return Place(f"{model}/{tag}", None, hub=True), None
+    return find(
+        preset["hf_hub"].rstrip("/")
+    ), WEIGHTS  # all tags of open_clip 3.2 and later have one
 
 
 def _file(name: str) -> tuple[Place, tuple[str, ...]]:
