@@ -26,27 +26,32 @@ def run(name: str, *more: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("name", TABLE_3)
 def test_every_row_of_table_3_on_one_gpu_and_on_sixteen(name, monkeypatch):
     """DRaFT: 8 per device × 16 accumulated × 16 (Appendix D.3); the others: 72 images per device, 8 passes of 9."""
-    one, again, sixteen = (
-        run(f"{name}_sd35m", *overlay, monkeypatch=monkeypatch)
-        for overlay in (
-            [],
-            ["--config", str(TRAINER / "one_gpu.yaml")],
-            ["--config", str(TRAINER / "paper16.yaml")],
-        )
-    )
-    for other in (again, sixteen):  # nothing else is set
-        assert (other.model, other.data) == (one.model, one.data)
-        assert other.trainer.callbacks == one.trainer.callbacks
-    assert (one.trainer.num_nodes, one.trainer.devices, one.trainer.strategy) == (1, 1, "auto")
-    assert (again.trainer.num_nodes, again.trainer.devices) == (1, 1)
-    devices = sixteen.trainer.num_nodes * sixteen.trainer.devices
-    assert devices == 16 and sixteen.trainer.strategy == "ddp"
-    model, prompts = one.model.init_args, one.data.init_args.prompts_per_update
+    file = yaml.safe_load((CONFIGS / f"{name}_sd35m.yaml").read_text())
+    assert file["trainer"]["devices"] == 1 and not {"num_nodes", "strategy"} & set(file["trainer"])
+    more = ["--config", str(TRAINER / "paper16.yaml")]
+    config = run(f"{name}_sd35m", *more, monkeypatch=monkeypatch)
+    devices = config.trainer.num_nodes * config.trainer.devices
+    assert devices == 16 and config.trainer.strategy == "ddp"
+    model, prompts = config.model.init_args, config.data.init_args.prompts_per_update
+    assert prompts == file["data"]["init_args"]["prompts_per_update"]
     assert prompts % devices == 0
     images = prompts // devices * model.group_size
-    passes = (images // model.micro_batch, model.micro_batch)
     assert images % model.micro_batch == 0
+    passes = (images // model.micro_batch, model.micro_batch)
     assert passes == ((16, 8) if name.startswith("draft") else (8, 9))
+
+
+def test_back_to_one_gpu(monkeypatch):
+    more = ["--config", str(TRAINER / "paper16.yaml"), "--config", str(TRAINER / "one_gpu.yaml")]
+    trainer = run("nft_stitched_sd35m", *more, monkeypatch=monkeypatch).trainer
+    assert (trainer.num_nodes, trainer.devices, trainer.strategy) == (1, 1, "auto")
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "paper16", "paper16_fsdp2"])
+def test_nothing_but_devices_is_set(name):
+    overlay = yaml.safe_load((TRAINER / f"{name}.yaml").read_text())
+    assert set(overlay) == {"trainer"}
+    assert set(overlay["trainer"]) == {"accelerator", "num_nodes", "devices", "strategy"}
 
 
 @pytest.mark.parametrize(
