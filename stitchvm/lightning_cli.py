@@ -134,7 +134,7 @@ class StitchCLI(LightningCLI):
                 const="measure",
                 default=argparse.SUPPRESS,
                 choices=("measure", "count"),
-                help="Print what an update of a fine-tuning costs and exit; `count` runs nothing.",
+                help="Print what an update of a fine-tuning costs and exit; `count` measures nothing.",
             )
 
     @property
