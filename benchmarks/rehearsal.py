@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rehearsal_check import rows, table
 from rehearsal_data import write_data
+from rehearsal_hub import enter
 from rehearsal_pipelines import write_pipeline
 from rehearsal_rewards import write_reward
 from rehearsal_tiny import ARCHITECTURES, scaled_pipelines, scaled_rewards
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = args.root.expanduser().resolve()
     if REPOSITORY in (root, *root.parents):
         raise SystemExit(f"rehearsal: {root} is inside the repository; give another --root")
+    enter(root)
     write(root, args.scale, only)
     if args.write:
         return 0

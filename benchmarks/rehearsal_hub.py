@@ -12,7 +12,7 @@ import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["environment", "repository", "snapshot"]
+__all__ = ["enter", "repository", "snapshot"]
 
 
 def snapshot(root: Path, id: str) -> Path:
@@ -31,10 +31,14 @@ def repository(root: Path, id: str) -> Path:
     return folder
 
 
-def environment(root: Path) -> dict[str, str]:
-    """Returns the environment in which ROOT is the hub's cache and the library's, and there is no network."""
-    named = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return named | {
+def enter(root: Path) -> None:
+    """Makes ROOT the hub's cache and the library's for this process and its children, without a network.
+
+    The libraries read this once, when they are imported: call it before.
+    """
+    for key in [key for key in os.environ if key.startswith("HF_")]:
+        del os.environ[key]  # HF_HUB_CACHE would win over HF_HOME
+    os.environ |= {
         "HF_HOME": str(root),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

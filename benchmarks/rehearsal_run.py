@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal_child import Outcome, preload, run_command
-from rehearsal_hub import environment
 from rehearsal_plan import Plan, plans
 
 __all__ = ["run_all", "run_plan"]
@@ -27,14 +25,13 @@ def run_all(
     """Runs the configurations that match and have not passed yet at this scale; returns 1 if one fails.
 
     Arguments:
-        root: The rehearsal's folder, written before.
+        root: The rehearsal's folder, written before; `rehearsal_hub.enter` was called.
         scale: "tiny" or "full".
         patterns: Globs of configurations.
         out: The results file; records of other scales and devices stay.
         device: "cpu" or "gpu".
         seconds: Begin no further configuration after these.
     """
-    os.environ.update(environment(root))
     preload()
     records = _read(out)
     key = {"scale": scale, "device": device}

@@ -191,6 +191,21 @@ def test_a_root_inside_the_repository_is_refused(tmp_path):
         main(["--root", str(tmp_path), "--only", "sd4", "--write"])
 
 
+def test_only_the_folder_is_the_hub(tmp_path, monkeypatch):
+    """Whatever the user's own settings are: one of them wins over HF_HOME."""
+    import os
+
+    from rehearsal_hub import enter
+
+    for key in ("HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "STITCHVM_CACHE"):
+        monkeypatch.setenv(key, "mine")  # restored afterwards
+    monkeypatch.setenv("HF_HUB_CACHE", "/elsewhere")
+    enter(tmp_path)
+    assert "HF_HUB_CACHE" not in os.environ
+    assert (os.environ["HF_HOME"], os.environ["HF_HUB_OFFLINE"]) == (str(tmp_path), "1")
+    assert os.environ["STITCHVM_CACHE"] == str(tmp_path / "cache")
+
+
 def test_list_writes_nothing(capsys, tmp_path, monkeypatch):
     from rehearsal import main
 
