@@ -151,8 +151,8 @@ def _distillation(name: str, base: Sequence[str], much: Sizes, overlay: Path) ->
 def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Plan:
     more = [
         *_side(much, "model.height", "model.width"),
-        "--model.micro_batch=2",
-        f"--model.group_size={1 if name.startswith('draft') else 4}",
+        f"--model.micro_batch={much.batch}",
+        f"--model.group_size={1 if name.startswith('draft') else 2}",
         "--data.prompts_per_update=2",
         f"--data.batch_size={much.batch}",
         f"--model.evaluation.sampler.init_args.num_steps={much.steps}",
@@ -161,7 +161,7 @@ def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Pl
         "--trainer.num_sanity_val_steps=0",
     ]
     if name.startswith("nft"):
-        more.append("--model.rollout_batch=4")
+        more += ["--model.rollout_batch=4", "--model.fraction=0.2"]  # of the levels of each image
     pipeline = next(p.id for key, p in PIPELINES.items() if name.endswith(key))
     return Plan(
         name,
