@@ -19,7 +19,7 @@ from stitchvm._version import __version__
 from stitchvm.adapters.lora import PolicyAdapters, is_adapter_key
 from stitchvm.adapters.policy import DEFAULT, full_tensor
 
-__all__ = ["export_lora", "lora_card", "merged_transformer"]
+__all__ = ["export_lora", "lora_card", "merged_transformer", "pipeline_of", "plain_class"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 CARD = "README.md"
@@ -60,11 +60,7 @@ def export_lora(
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    kind = next((k for k in _PIPELINES if k in _names(policy.transformer)), None)
-    if kind is None:
-        raise ValueError(
-            f"no pipeline is known for a {type(policy.transformer).__name__}: expected one of {sorted(_PIPELINES)}."
-        )
+    pipeline = pipeline_of(policy.transformer)
     folder = Path(folder)
     if (folder / WEIGHTS).exists() and not overwrite:
         raise FileExistsError(
@@ -78,7 +74,7 @@ def export_lora(
     weights = {key: value.cpu().contiguous() for key, value in weights.items()}
     # what a LoRA is, and none of the fields by which peft's versions differ
     config = {"r": policy.r, "lora_alpha": alpha, "target_modules": policy.targets}
-    getattr(diffusers, _PIPELINES[kind]).save_lora_weights(
+    getattr(diffusers, pipeline).save_lora_weights(
         folder,
         transformer_lora_layers=weights,
         transformer_lora_adapter_metadata=dict(config),
@@ -92,7 +88,7 @@ def export_lora(
         peft / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    text = lora_card(policy, base_model, _PIPELINES[kind], name) if card is None else card
+    text = lora_card(policy, base_model, pipeline, name) if card is None else card
     (folder / CARD).write_text(text)
     return folder
 
@@ -118,7 +114,7 @@ def merged_transformer(policy: PolicyAdapters, name: str = DEFAULT) -> Any:
         a, b = (adapter[f"{module}.lora_{half}.weight"].to(weight.device) for half in "AB")
         weight.copy_(weight.float() + policy.scale * (b @ a))
     with torch.device("meta"):
-        merged = _plain_class(transformer).from_config(transformer.config)
+        merged = plain_class(transformer).from_config(transformer.config)
     merged.load_state_dict(state, strict=True, assign=True)
     assert not any(p.is_meta for p in (*merged.parameters(), *merged.buffers()))
     return merged.requires_grad_(False).eval()
@@ -168,12 +164,26 @@ image = pipeline("a prompt", guidance_scale=1.0).images[0]
 {measured}"""
 
 
+def pipeline_of(transformer: nn.Module) -> str:
+    """Returns the name of the diffusers pipeline that has such a transformer.
+
+    Raises:
+        ValueError: If none is known.
+    """
+    kind = next((k for k in _PIPELINES if k in _names(transformer)), None)
+    if kind is None:
+        raise ValueError(
+            f"no pipeline is known for a {type(transformer).__name__}: expected one of {sorted(_PIPELINES)}."
+        )
+    return _PIPELINES[kind]
+
+
 def _names(transformer: nn.Module) -> list[str]:
     return [kind.__name__ for kind in type(transformer).__mro__]
 
 
-def _plain_class(transformer: nn.Module) -> Any:
-    """The diffusers class, without what FSDP2 mixes in."""
+def plain_class(transformer: nn.Module) -> Any:
+    """Returns the diffusers class of a transformer, without what FSDP2 mixes in."""
     import diffusers
 
     name = next(n for n in _names(transformer) if hasattr(diffusers, n))

@@ -389,11 +389,12 @@ class Alignment(LeanCheckpoint):
         load_alignment(self, checkpoint)
 
     def on_train_end(self) -> None:
-        """Leaves the averaged policy as LoRA weights in the run's folder."""
-        if not self.trainer.fast_dev_run and isinstance(self.policy, PolicyAdapters):
-            folder = self.export(Path(self.trainer.default_root_dir) / "lora")
-            rank_zero_info(f"LoRA weights saved to {folder}")
+        """Leaves the averaged policy in the run's folder: LoRA weights in `lora/`, whole ones in `full/transformer/`."""
+        if not self.trainer.fast_dev_run and hasattr(self.policy.transformer, "save_pretrained"):
+            name = "lora" if isinstance(self.policy, PolicyAdapters) else "full"
+            folder = self.export(Path(self.trainer.default_root_dir) / name)
+            rank_zero_info(f"{name} weights saved to {folder}")
 
     def export(self, folder: str | Path, name: str = "ema", overwrite: bool = True) -> Path:
-        """Writes a set of weights for pipelines and peft (see `stitchvm.adapters.export`); returns the folder."""
+        """Writes a set of weights for pipelines (see `adapters.export`, `export_full`); returns the folder."""
         return export_policy(self, folder, name, overwrite)

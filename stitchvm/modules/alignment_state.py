@@ -72,27 +72,17 @@ def export_policy(module: Alignment, folder: str | Path, name: str, overwrite: b
         folder: Where to write.
         name: "default" or a copy.
         overwrite: Whether an existing export may be replaced.
-
-    Raises:
-        ValueError: If the policy is no LoRA.
     """
     from stitchvm.adapters.export import export_lora
+    from stitchvm.adapters.export_full import export_transformer
 
     policy = module.policy
-    if not isinstance(policy, PolicyAdapters):
-        raise ValueError(
-            f"a {type(policy).__name__} cannot be exported as LoRA weights: its weights are in the checkpoints, under "
-            '"policy".'
-        )
     weights = policy.weights(name)
     if module._trainer is None or module.trainer.is_global_zero:
-        export_lora(
-            policy,
-            folder,
-            base_model=module.generator.id,
-            name=name,
-            weights=weights,
-            overwrite=overwrite,
+        write: Any = export_lora if isinstance(policy, PolicyAdapters) else export_transformer
+        base_model = module.generator.id
+        write(
+            policy, folder, base_model=base_model, name=name, weights=weights, overwrite=overwrite
         )
     return Path(folder)
 
