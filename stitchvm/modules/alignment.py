@@ -389,7 +389,7 @@ class Alignment(LeanCheckpoint):
         load_alignment(self, checkpoint)
 
     def on_train_end(self) -> None:
-        """Leaves the averaged policy in the run's folder: LoRA weights in `lora/`, whole ones in `full/transformer/`."""
+        """Leaves the averaged policy in the run's folder: LoRA weights in `lora/`, or all in `full/transformer/`."""
         if not self.trainer.fast_dev_run and hasattr(self.policy.transformer, "save_pretrained"):
             name = "lora" if isinstance(self.policy, PolicyAdapters) else "full"
             folder = self.export(Path(self.trainer.default_root_dir) / name)
