@@ -24,6 +24,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from stitchvm.interruption import exit_code
 
@@ -231,6 +232,11 @@ def run(argv: list[str]) -> None:
             raise
         message = condensed(str(error)) if wrapped else str(error)
         print(f"stitchvm: error: {message}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except MisconfigurationException as error:  # of the trainer's settings, in Lightning's words
+        if os.environ.get("STITCHVM_DEBUG"):
+            raise
+        print(f"stitchvm: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as interrupt:
         print("stitchvm: interrupted before the work began", file=sys.stderr)

@@ -39,3 +39,18 @@ def test_unknown_command_names_the_nearest(capsys):
         main(["serach"])
     assert exit_.value.code == 2
     assert "did you mean 'search'" in capsys.readouterr().err
+
+
+def test_a_trainer_that_cannot_be_is_one_message(capsys, tmp_path):
+    config = "configs/distill_world.yaml"
+    with pytest.raises(SystemExit) as exit_:
+        main(
+            [
+                *("fit", "--config", config, f"--trainer.default_root_dir={tmp_path}"),
+                "--trainer.fast_dev_run=-5",
+            ]
+        )
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert "stitchvm: error: fast_dev_run=-5 is not a valid configuration" in error
+    assert "Traceback" not in error
