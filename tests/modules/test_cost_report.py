@@ -67,7 +67,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("draft, guidance", "nft, checkpointing")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES]
+)
 def test_the_count_is_that_of_a_real_update(made, stitched, case):
     cls, settings = CASES[case]
     if settings.get("value") == "stitched":
@@ -87,6 +92,7 @@ def test_the_count_is_that_of_a_real_update(made, stitched, case):
     assert found == len(rows) * expected
 
 
+@pytest.mark.slow
 def test_fake_tensors_count_the_same(made, stitched):
     module = made(DRaFT, stop=[2, 3], value=stitched)
     assert counted_prices(module) == counted_prices(module, fake=True)
