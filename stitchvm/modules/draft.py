@@ -13,13 +13,16 @@ proportional to the last step's length, so the schedule is explicit: `grid: sing
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stitchvm.adapters.full import PolicyWeights
+from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.modules.alignment import Alignment
+from stitchvm.modules.groups import check_borrowed
 from stitchvm.modules.rows import Rows
 from stitchvm.objectives.draft import draft_loss, renoise
 from stitchvm.objectives.regulariser import output_regulariser
@@ -75,6 +78,7 @@ class DRaFT(Alignment):
                 f"model.stop = [{self.window.low}, {self.window.high}] of {self.num_steps} steps with a terminal "
                 "reward, which is defined at the end only: set stop to null, or take a stitched or Tweedie value."
             )
+        check_borrowed(value, policy)
         if self.lam > 0 and isinstance(policy, PolicyWeights) and self.backprop_steps != 1:
             raise ValueError(
                 f"model.lam = {self.lam} with full fine-tuning and backprop_steps = {self.backprop_steps}: the frozen "
@@ -116,7 +120,9 @@ class DRaFT(Alignment):
             for n in range(self.redraws):
                 eps = rows.normal("redraw", tuple(z.shape[1:]), n)
                 ends.append(step(renoise(z, tau, self.sigmas[stop - 1], eps), stop - 1))
-        values = torch.stack([self.score(rows, end, tau) for end in ends])
+        lora = isinstance(self.policy, PolicyAdapters)
+        with self.policy.off() if lora else nullcontext():  # a value on the transformer is frozen
+            values = torch.stack([self.score(rows, end, tau) for end in ends])
         with self.stage("rollout"):
             R = output_regulariser(us, references) if self.lam > 0 else None
             found = draft_loss(

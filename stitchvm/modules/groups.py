@@ -26,6 +26,7 @@ from stitchvm.modules.rows import Rows
 from stitchvm.objectives.advantages import combine_rewards, group_advantages
 from stitchvm.objectives.stopping import StopWindow
 from stitchvm.rewards.weighted import WeightedReward
+from stitchvm.values.base import Value
 from stitchvm.values.terminal import TerminalValue
 
 if TYPE_CHECKING:
@@ -188,8 +189,14 @@ def check_value(module: Alignment, low: int) -> None:
             f"roll-outs may stop after {low} of {module.num_steps} steps, where a terminal reward is not defined: set "
             "model.stop to null, or take a stitched or Tweedie value."
         )
+    if BASE not in policy.copies:
+        check_borrowed(value, policy)
+
+
+def check_borrowed(value: Value, policy: Policy) -> None:
+    """Raises ValueError if full fine-tuning would change a value that runs on the generator's transformer."""
     borrows = any(policy.transformer in (m, getattr(m, "network", None)) for m in value.modules())
-    if borrows and isinstance(policy, PolicyWeights) and BASE not in policy.copies:
+    if borrows and isinstance(policy, PolicyWeights):
         raise ValueError(
             "full fine-tuning would change the value with the policy, since it runs on the generator's transformer: "
             "set share_generator to false, or take a value with a backbone of its own."

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from stitchvm.adapters.full import PolicyWeights
 from stitchvm.modules.draft import DRaFT
 from stitchvm.modules.rows import Rows
 from stitchvm.path import FlowPath
 from stitchvm.schedule import sigma_grid
+from stitchvm.values.tweedie import TweedieFactory
 from tests.modules import alignment_runs as runs
 from tests.modules.alignment_fakes import Curved, Scale, Sum, TerminalSum, networks
 
@@ -221,6 +223,41 @@ def test_a_stitched_value_on_the_trained_transformer_is_the_frozen_one(real, sti
         assert torch.equal(found[0][0], other[0]) and torch.equal(found[0][1], other[1])
     assert found[0][1].abs().min(dim=0).values.max() > 0
     assert close(*(gradients(m) for m in modules), rtol=1e-5)
+
+
+def test_a_tweedie_value_is_that_of_the_frozen_model(real):
+    """At the same z_τ a policy that moved is judged as one that did not, and its gradient is that of the roll-out."""
+    module, base = (
+        real(perturbed=p, value=TweedieFactory(velocity="prompt"), stop=[2, 2], lam=0.0)
+        for p in (True, False)
+    )
+    some, ends = rows(), []
+    score = module.score
+
+    def watched(part: Rows, z: Tensor, tau: Any) -> Tensor:
+        ends.append(z)
+        return score(part, z, tau)
+
+    module.score = watched  # type: ignore[method-assign]
+    loss = module.losses(some, 2)
+    z_tau = ends[0].detach().requires_grad_()
+    clean = base.score(some, z_tau, base.sigmas[2])
+    assert torch.equal(loss.detach(), -clean.detach())
+    with torch.no_grad():
+        assert not torch.allclose(score(some, z_tau, module.sigmas[2]), clean, atol=1e-4)
+    (g,) = torch.autograd.grad(clean.sum(), z_tau)
+    own = list(module.policy.parameters().values())
+    expected = torch.autograd.grad(ends[0], own, -g, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss.sum(), own, allow_unused=True)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_full_fine_tuning_refuses_a_value_on_the_trained_transformer(real):
+    with pytest.raises(ValueError, match="would change the value with the policy"):
+        real(perturbed=False, policy=PolicyWeights, value=TweedieFactory(), stop=[2, 3], lam=0.0)
 
 
 @pytest.fixture(scope="module")
