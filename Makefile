@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-quick lint format types world bench results docs clean
+.PHONY: help install demo test test-quick lint format types world bench results docs rehearsal clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -40,10 +40,11 @@ types: install ## mypy
 world: install ## Train every network of the embedded world from scratch (hours on 2 cores; resumes)
 	$(BIN)/python -m stitchvm.world.train --stage all
 
-bench: install ## Stage 1, stage 2 and sampling on the world: rates, their split, utilisation
+bench: install ## Stage 1, stage 2, sampling and fine-tuning on the world: rates, their split, utilisation
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/training.py
 
 results: install ## All that README and docs/results.md show of the world, then these pages (hours; resumes)
 	$(BIN)/python -m stitchvm.world.gates
@@ -52,6 +53,10 @@ results: install ## All that README and docs/results.md show of the world, then 
 	$(BIN)/python benchmarks/world_sampling.py
 	$(BIN)/python benchmarks/world_alignment.py --seeds 0 1 2
 	$(BIN)/python benchmarks/readme.py
+
+ROOT ?= $(HOME)/stitchvm-rehearsal
+rehearsal: install ## Every config on random weights laid out as on the hub (tiny; resumes; ROOT=folder)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rehearsal.py --root $(ROOT)
 
 docs: install ## Build the documentation into site/; every warning is an error
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
