@@ -100,8 +100,14 @@ def measure(js: list[int], folder: Path) -> list[dict[str, Any]]:
 def correlations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns Spearman's ρ of each criterion with the final quality (positive: the criterion ranks well)."""
     answer = []
-    for name, region in (("whole grid", 99), (f"j <= {REGION}", REGION)):
-        cells = [r for r in records if r.get("quality") is not None and r["j"] <= region]
+    measured = [r for r in records if r.get("quality") is not None]
+    ranked = sorted(measured, key=lambda r: -r["quality"])
+    regions = {
+        "whole grid": measured,
+        f"j <= {REGION}": [r for r in measured if r["j"] <= REGION],
+        "better half": ranked[: (len(ranked) + 1) // 2],
+    }
+    for name, cells in regions.items():
         if len(cells) < 3:
             continue
         for criterion in CRITERIA:
