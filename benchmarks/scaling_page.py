@@ -1,8 +1,9 @@
 """Puts the tables of docs/scaling.md between its markers: `python benchmarks/scaling_page.py`.
 
 Counted are FLOPs: those of the parts of a sample (results/counts_sampling.json) and of a distillation step
-(results/counts_distillation.json), and what methods are made of, which is added up here. Measured are the world's times
-on a CPU (results/world/benchmark_sampling.json). A missing file leaves its tables out.
+(results/counts_distillation.json), and what methods are made of, which is added up here; and bytes of a device
+(results/counts_memory.json, `memory_page.py`). Measured are the world's times on a CPU
+(results/world/benchmark_sampling.json). A missing file of FLOPs leaves its tables out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import memory_page
+from memory_page import NAMES, table
 
 from stitchvm.results import read_results
 
@@ -22,13 +26,7 @@ RATE = (
 HALF = RATE / 2
 
 Records = list[dict[str, Any]]
-NAMES = {"sd35m": "SD 3.5 Medium", "sd35l": "SD 3.5 Large", "flux": "FLUX.1-dev"}
 TOWERS = {"clip": "CLIP-L", "dfn": "DFN-CLIP", "hpsv2": "HPSv2"}
-# weights of the transformer, and of LoRA (r = 32) on it where the paper trains; see adapters/lora.py
-PARAMETERS = {"sd35m": 2.2432e9, "sd35l": 8.0566e9, "flux": 11.9014e9}
-# layers with an adapter, and their width: 8 a block but 7 in the last of SD 3.5, and 3 a single block of FLUX
-ADAPTED = {"sd35m": (191, 1536), "sd35l": (303, 2432), "flux": (266, 3072)}
-LORA = {model: n * 32 * 2 * width for model, (n, width) in ADAPTED.items()}
 TAIL = 304.3e6  # the vision tower of CLIP ViT-L/14@336
 IMAGES = 685_000  # AVA and HPDv2
 LATENT = 16 * 64 * 64 * 2  # bytes of a bfloat16 latent at 512²
@@ -54,12 +52,6 @@ def parts(setup: str) -> dict[str, Part]:
         for r in read("counts_sampling.json")
         if r["setup"] == setup and "part" in r
     }
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table, numbers to the right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(x: float) -> str:
@@ -210,6 +202,8 @@ def training() -> str:
 
 def storage() -> str:
     """Returns bytes of what is kept and what is sent."""
+    counted = {model: memory_page.counts(model) for model in NAMES}
+    lora = counted["sd35m"]["lora"]["parameters"]
     rows = [
         [
             "latents of AVA and HPDv2, 512²",
@@ -224,12 +218,12 @@ def storage() -> str:
         ],
         [
             "a fine-tuning checkpoint, LoRA",
-            f"{5 * 4 * LORA['sd35m'] / 1e6:.0f} MB",
+            f"{5 * 4 * lora / 1e6:.0f} MB",
             "weights, old, EMA, both moments",
         ],
         [
             "gradients of an update, LoRA",
-            f"{4 * LORA['sd35m'] / 1e6:.0f} MB",
+            f"{4 * lora / 1e6:.0f} MB",
             "one average over devices per update",
         ],
         [
@@ -239,27 +233,11 @@ def storage() -> str:
         ],
     ]
     for model, name in NAMES.items():
-        size = f"{2 * PARAMETERS[model] / 1e9:.1f} GB"
+        size = f"{2 * counted[model]['transformer']['parameters'] / 1e9:.1f} GB"
         rows.append(
             [f"{name}, transformer", size, "bfloat16; under FSDP2 gathered once in every pass"]
         )
     return table(["what", "size", ""], rows)
-
-
-def memory() -> str:
-    """Returns the bytes of weights and optimiser on each device, by model and number of devices."""
-    rows = []
-    for model, name in NAMES.items():
-        size, adapters = PARAMETERS[model], LORA[model]
-        for title, shared, own in (
-            # policy, old, EMA, gradient, two moments in float32
-            ("LoRA", 2 * size, 6 * 4 * adapters),
-            # the same of all weights, and the frozen model, in float32 too
-            ("all weights", 7 * 4 * size, 0),
-        ):
-            cells = [f"{(shared / n + own) / 1e9:.1f}" for n in (1, 4, 8, 16)]
-            rows.append([f"{name}, {title}", *cells])
-    return table(["GB a device, FSDP2 over", "1", "4", "8", "16"], rows)
 
 
 def measured() -> str:
@@ -280,7 +258,8 @@ TABLES = {
     "distillation": distillation,
     "training": training,
     "storage": storage,
-    "memory": memory,
+    "fits": memory_page.fits,
+    "holds": memory_page.holds,
     "measured": measured,
 }
 

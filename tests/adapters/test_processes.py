@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.memory_page import elements, most_on_a_rank
 from stitchvm.adapters.export import merged_transformer
 from stitchvm.adapters.full import PolicyWeights
 from stitchvm.adapters.lora import PolicyAdapters
-from stitchvm.adapters.policy import Policy, full_tensor
+from stitchvm.adapters.policy import Policy, _shard, full_tensor
+from stitchvm.modules.alignment_parts import all_weights
+from stitchvm.modules.sharding import shard_transformer
 from tests.adapters.test_policy import INPUT, make
 
 pytestmark = pytest.mark.slow
@@ -59,6 +62,19 @@ def prepared(kind: str) -> Policy:
     return policy
 
 
+def bytes_of_first_rank(policy: Policy, n: int) -> int:
+    """Parameters by the formula of docs/scaling.md: frozen blocks in shards, all else whole, bfloat16 but for LoRA."""
+    adapters = {id(p) for p in all_weights(policy)}
+    blocks = policy.transformer.transformer_blocks
+    inside = {id(p): p for p in blocks.parameters() if id(p) not in adapters}
+    whole = [
+        p for p in policy.transformer.parameters() if id(p) not in inside and id(p) not in adapters
+    ]
+    frozen = most_on_a_rank((tuple(p.shape) for p in inside.values()), n)
+    frozen += elements(tuple(p.shape) for p in whole)
+    return 2 * frozen + 4 * elements(tuple(p.shape) for p in all_weights(policy))
+
+
 def sharded(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
@@ -74,6 +90,11 @@ def sharded(rank: int, folder: str) -> None:
         assert {p.dtype for p in policy.trainable()} == {torch.float32}
         if rank == 0:
             torch.save(found, f"{folder}/{kind}.pt")
+    policy = prepared("lora")
+    expected = bytes_of_first_rank(policy, 2)
+    shard_transformer(policy.transformer, mesh, all_weights(policy))
+    held = sum(_shard(p).nbytes for p in policy.transformer.parameters())
+    assert held == expected or rank > 0
     dist.destroy_process_group()
 
 
