@@ -100,6 +100,15 @@ def test_bytes_of_a_device_are_added_up() -> None:
     )
 
 
+def test_the_least_number_of_devices_is_the_first_below_80_gb() -> None:
+    from memory_page import fits, least
+
+    assert least([90e9, 79e9, 10e9]) == "4" and least([81e9] * 3) == "–"
+    row = next(r for r in fits().splitlines() if "FLUX.1-dev, all weights, stitched" in r)
+    # 81.7 GB on eight with T5 and CLIP in float32, and 62.1 without
+    assert row.endswith("| 62.1 | 19.5 | 8 | – |")
+
+
 def test_the_configs_are_those_that_were_counted() -> None:
     from memory_page import NAMES, counts
 
