@@ -41,11 +41,12 @@ def reward_against_cost(
         )
         for r in mine:
             text = f"N={r['particles']}" + (f", M={r['proposals']}" if r["proposals"] > 1 else "")
-            offset = (6, -12) if name == "fks" else (6, 6)
+            below = name == "fks"
             axis.annotate(
                 text,
                 (r[cost], r["value"]),
-                xytext=offset,
+                xytext=(6, -12) if below else (-6, 6),
+                ha="left" if below else "right",
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,
