@@ -89,19 +89,22 @@ def cell(values: Sequence[float]) -> str:
 
 
 def equal_reward(records: Sequence[dict[str, Any]]) -> str:
-    """Returns the costs to equal reward as Markdown, stitched beside terminal."""
+    """Returns the costs to equal reward as Markdown, stitched beside terminal: half-way, and as far as both get."""
     lines = [
         "| method | reward | core-seconds, terminal | + StitchVM | ratio |",
         "|---|---:|---:|---:|---:|",
     ]
+    start = statistics.fmean(p["value"] for p in points(records, "reward") if p["step"] == 0)
     for method in ("draft1", "draft3", "nft"):
         pair = [r for r in records if r["name"] in (method, f"{method}_stitched")]
         if len({r["name"] for r in pair}) < 2:
             continue
-        terminal, stitched = summaries(points(pair, "reward"), TITLES["reward"], "cpu_seconds")
-        level, ratio = stitched["level"], stitched["ratio"]
-        costs = " | ".join(f"{s['cost_to_level']:.0f}" for s in (terminal, stitched))
-        lines.append(f"| {label(method)} | {level:.3f} | {costs} | {ratio:.2f} |")
+        curves = points(pair, "reward")
+        most = summaries(curves, TITLES["reward"], "cpu_seconds")[0]["level"]
+        for level in ((start + most) / 2, most):
+            both = summaries(curves, TITLES["reward"], "cpu_seconds", level)
+            costs = " | ".join(f"{s['cost_to_level']:.0f}" for s in both)
+            lines.append(f"| {label(method)} | {level:.3f} | {costs} | {both[1]['ratio']:.2f} |")
     return "\n".join(lines)
 
 
@@ -116,7 +119,7 @@ def part(kind: str, title: str) -> list[str]:
     parts = [f"**{title}**, {over}. {source(path)}", table(records)]
     if kind == "alignment":
         parts.append(
-            "Core-seconds to the highest reward that every run of both has (mean over seeds):\n\n"
+            "Core-seconds to the highest reward that every run of both has, and half-way there from the start:\n\n"
             + equal_reward(records)
         )
     picture = IMAGES / f"world_{kind}.png"
