@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 from tests.modules import alignment_runs, runs
 from tests.modules.alignment_runs import assert_close, assert_same
@@ -116,6 +117,12 @@ def test_scripts_say_what_they_miss():
 
 
 # -- what the variables become -------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_rank(monkeypatch):
+    """Takes back the rank that a Trainer tells Lightning's `rank_zero_only`: the tests after these are rank 0."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)
 
 
 @pytest.fixture
