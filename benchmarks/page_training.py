@@ -30,6 +30,12 @@ LABELS = {
     "nft_scaled": "DiffusionNFT, standardised",
     "nft_stitched_scaled": "DiffusionNFT + StitchVM, standardised",
 }
+PAIRS = {
+    "draft1": "draft1_stitched",
+    "draft3": "draft3_stitched",
+    "nft": "nft_stitched",
+    "nft_scaled": "nft_stitched_scaled",
+}
 TITLES = {"reward": "clip + hps, clean", "checker/whole": "whole scenes right (checker)"}
 
 
@@ -95,8 +101,8 @@ def equal_reward(records: Sequence[dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     start = statistics.fmean(p["value"] for p in points(records, "reward") if p["step"] == 0)
-    for method in ("draft1", "draft3", "nft"):
-        pair = [r for r in records if r["name"] in (method, f"{method}_stitched")]
+    for method, stitched in PAIRS.items():
+        pair = [r for r in records if r["name"] in (method, stitched)]
         if len({r["name"] for r in pair}) < 2:
             continue
         curves = points(pair, "reward")
@@ -117,7 +123,7 @@ def part(kind: str, title: str) -> list[str]:
     seeds = len({r["seed"] for r in records})
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"**{title}**, {over}. {source(path)}", table(records)]
-    if kind == "alignment":
+    if kind != "alignment_windows":
         parts.append(
             "Core-seconds to the highest reward that every run of both has, and half-way there from the start:\n\n"
             + equal_reward(records)
