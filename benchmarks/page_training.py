@@ -27,8 +27,8 @@ LABELS = {
     "draft3_stitched": "DRaFT-3 + StitchVM",
     "nft": "DiffusionNFT",
     "nft_stitched": "DiffusionNFT + StitchVM",
-    "nft_scaled": "DiffusionNFT, standardised",
-    "nft_stitched_scaled": "DiffusionNFT + StitchVM, standardised",
+    "nft_scaled": "NFT, standardised",
+    "nft_stitched_scaled": "+ StitchVM, standardised",
 }
 PAIRS = {
     "draft1": "draft1_stitched",
@@ -68,7 +68,7 @@ def points(records: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any
 
 def label(name: str) -> str:
     """Returns what a method or a window is called."""
-    return LABELS.get(name, f"stops after {name} of 10 steps")
+    return LABELS.get(name, f"stop after {name} of 10")
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
