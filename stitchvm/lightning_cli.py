@@ -224,6 +224,9 @@ def run(argv: list[str]) -> None:
     try:
         args = None if argv == sys.argv[1:] else argv
         StitchCLI(args=args, command=argv[0], save_config_callback=SaveConfigCallback)
+        from stitchvm.modules.ranks import leave
+
+        leave()
     except (ValueError, OSError, MemoryError) as error:
         wrapped = str(error).startswith(
             "Does not validate against"

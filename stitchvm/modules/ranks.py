@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_agree", "all_mean", "gather", "gather_objects", "world_size"]
+__all__ = ["all_agree", "all_mean", "gather", "gather_objects", "leave", "world_size"]
 
 
 def world_size() -> int:
@@ -52,3 +52,13 @@ def all_agree(yes: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(yes), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def leave() -> None:
+    """Ends the process group, once all is done.
+
+    Lightning does so with NCCL only. Left to the interpreter's exit, Gloo's threads now and then abort the process
+    ("terminate called without an active exception"), and a finished run looks like a failed one.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 
 from stitchvm.data.prompts import Prompts
+from stitchvm.modules.ranks import leave
 from tests.data.test_resume import NumbersData, Recorder, fit
 
 
@@ -19,6 +21,9 @@ class Noting(Recorder):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
+
+    def setup(self, stage: str) -> None:
+        atexit.register(leave)  # of the spawned process
 
     def note(self, what: str, seen: list[Any]) -> None:
         (self.folder / f"{what}{self.global_rank}.json").write_text(json.dumps(seen))
@@ -84,6 +89,9 @@ class Prompted(pl.LightningModule):
         super().__init__()
         self.folder = folder
         self.seen: list[Any] = []
+
+    def setup(self, stage: str) -> None:
+        atexit.register(leave)  # of the spawned process
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.seen.append(list(zip(batch["index"].tolist(), batch["prompt"], strict=True)))
