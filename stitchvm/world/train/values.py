@@ -1,8 +1,9 @@
 """`python -m stitchvm.world.train.values`: ships the world's stitched value models as `world:value_REWARD`.
 
-Takes the value models of `benchmarks/world_values.py`, writes them with int8 matrices (`stitchvm.packing`), and puts
-into each card what was measured: results/world/values_REWARD.json of all seeds, and the rounding's own effect on
-the tune split.
+Takes the value models of `benchmarks/world_values.py`, or with `--run` that of another `stitchvm fit`, such as one with
+`--data.generated`; writes them with int8 matrices (`stitchvm.packing`), and puts into each card what was measured:
+results/world/values_REWARD.json of all seeds or what the run was trained on, and the rounding's own effect on the tune
+split.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from stitchvm.data.world import WorldAesthetic, WorldPreference, WorldRetrieval
 from stitchvm.modules.evaluation import ValueEvaluation
@@ -88,6 +90,19 @@ def measured(results: Path, steps: int) -> str:
     return f"{text} (this is seed {content['seeds'][0]}):\n\n{table}"
 
 
+def trained_on(run: Path) -> str:
+    """Returns what a run's images were, from its config.yaml."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    data, steps = config["data"]["init_args"], config["trainer"]["max_steps"]
+    text = f"One seed, {steps} steps of {data['batch_size']} images"
+    if data["generated"]:
+        text += (
+            f"; {data['generated_share']:.0%} of them from {data['generated']} images of the world's generator\n"
+            f"(`--data.generated {data['generated']}`), which is what its values are asked about when it steers"
+        )
+    return f"{text}."
+
+
 def main() -> None:
     """Ships the value models that are there."""
     parser = argparse.ArgumentParser(prog="python -m stitchvm.world.train.values")
@@ -95,15 +110,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=512, help="of the comparison, per level")
+    parser.add_argument("--run", type=Path, help="the run of the one reward that is given")
     parser.add_argument("--overwrite", action="store_true", help="replace what is shipped")
     args = parser.parse_args()
+    if args.run is not None and len(args.rewards) != 1:
+        parser.error("--run is the run of one reward: name it with --rewards")
     torch.set_num_threads(1)
     for name in args.rewards:
-        run = Path(f"runs/world_values/{name}/stitched_{args.steps}_seed{args.seed}")
+        run = args.run or Path(f"runs/world_values/{name}/stitched_{args.steps}_seed{args.seed}")
         source, target = run / "value_model", weights_folder() / f"value_{name}"
         config = json.loads((source / "config.json").read_text())
         ship(source, target, model_card(config), args.overwrite)
-        table = measured(Path(f"results/world/values_{name}.json"), args.steps)
+        table = (
+            measured(Path(f"results/world/values_{name}.json"), args.steps)
+            if args.run is None
+            else trained_on(run)
+        )
         if args.images:
             compared = rounding(name, source, target, args.images)
             text = f"As trained and as shipped (int8 matrices), tune split, {args.images} images:"
