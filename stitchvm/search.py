@@ -13,7 +13,8 @@ are solved and the held-out images that follow are streamed through them.
 The paper chooses the pair with the lowest loss (`criterion="feature"`). It reports that this ranks the good cells
 poorly: the loss grows with the scale of the reward's features and does not see which errors matter. The second
 criterion (`"embedding"`) runs the frozen tail on the closed-form features of a few held-out images and measures the
-distance ‖ẽ − ẽ_RM‖² of what reaches the end.
+distance ‖ẽ − ẽ_RM‖² of what reaches the end. A tail is run for one cell, a pass serves all of them, so that only the
+cells with the lowest loss on the fitted images get that far.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class SearchResult:
 
     Attributes:
         records: One dict per cell: i, j, feature_loss (held-out mean squared error), fit_loss, unexplained
-            (held-out fraction of variance), embedding_error (or None), seconds are in `timing`.
+            (held-out fraction of variance), embedding_error (None where it was not measured).
         timing: Seconds of the pass: "encode" (the VAE), "features" (all of backbone and reward), "gram",
             "solve", "tail" and "total".
         normal: The normal equations per i, over all j side by side.
@@ -134,11 +135,12 @@ class SearchResult:
         if criterion not in CRITERIA:
             raise ValueError(f"criterion {criterion!r}: expected one of {sorted(CRITERIA)}")
         key = CRITERIA[criterion]
-        if any(record[key] is None for record in self.records):
+        measured = [record for record in self.records if record[key] is not None]
+        if not measured:
             raise ValueError(
                 f"criterion {criterion!r} was not measured; set num_end_probes above 0 in the search"
             )
-        record = min(self.records, key=lambda r: (r[key], r["i"], r["j"]))
+        record = min(measured, key=lambda r: (r[key], r["i"], r["j"]))
         return record["i"], record["j"]
 
     def closed_form(self, i: int, j: int) -> tuple[Tensor, Tensor]:
@@ -174,6 +176,7 @@ def search(
     num_probes: int = 200,
     num_held_out: int = 200,
     num_end_probes: int = 32,
+    num_end_cells: int | None = 8,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -191,14 +194,18 @@ def search(
         num_held_out: The number of images the losses are measured on; 0 measures none and only fits.
         num_end_probes: The number of held-out images that go through the frozen tail for the "embedding"
             criterion; 0 leaves it out.
+        num_end_cells: The number of cells they are run for, those with the lowest loss on the fitted images;
+            all if None.
         seed: Seeds noise and noise levels, which are keyed by an image's position.
         progress: Called with (images done, images in all).
 
     Raises:
-        ValueError: If there are too few images, or a depth or j does not exist.
+        ValueError: If there are too few images, a depth or j does not exist, or num_end_cells is below 1.
     """
     depths = _checked_depths(backbone, depths)
     js = _checked_js(reward, js)
+    if num_end_cells is not None and num_end_cells < 1:
+        raise ValueError(f"num_end_cells = {num_end_cells}: expected at least 1, or None for all")
     total = num_probes + num_held_out
     device = next(reward.parameters()).device
     clock = _Clock(device)
@@ -231,7 +238,8 @@ def search(
         else:
             if held_out is None:
                 means = {j: (tokens[j] / num_probes).float() for j in js}
-                held_out = _HeldOut(fit, columns, reward, means, num_end_probes)
+                ends = (num_end_probes, num_end_cells)
+                held_out = _HeldOut(fit, columns, reward, means, *ends)
                 clock.lap("solve")
             u = {i: up(u[i], reward.grid).float() for i in depths}
             held_out.add(u, y.float())
@@ -257,18 +265,26 @@ class _HeldOut:
         reward: Reward,
         class_tokens: dict[int, Tensor],
         num_end_probes: int,
+        num_end_cells: int | None,
     ) -> None:
         self.fit, self.columns, self.grid, self.left = fit, columns, reward.grid, num_end_probes
         self.maps = {i: equations.solve() for i, equations in fit.items()}  # all j side by side
         self.float_maps = {i: (W.float(), b.float()) for i, (W, b) in self.maps.items()}
-        self.tails = {j: reward.tail(j) for j in columns} if num_end_probes else {}
+        self.fitted = {
+            (i, j): equations.squared_error(self.maps[i][0][part], self.maps[i][1][part], part)
+            for i, equations in fit.items()
+            for j, part in columns.items()
+        }
+        self.end_cells = sorted(self.fitted, key=lambda cell: self.fitted[cell])[:num_end_cells]
+        wanted = {j for _, j in self.end_cells} if num_end_probes else set()
+        self.tails = {j: reward.tail(j) for j in columns if j in wanted}
         for j, tail in self.tails.items():
             tail.init_class_token(class_tokens[j])
         self.dtype = next(reward.parameters()).dtype
         shift = next(iter(fit.values())).shift_y
         self.targets = NormalEquations(torch.zeros(1, device=shift.device), shift)
         self.squared = {i: torch.zeros_like(shift) for i in fit}
-        self.end = {(i, j): torch.zeros_like(shift[0]) for i in fit for j in columns}
+        self.end = {cell: torch.zeros_like(shift[0]) for cell in self.end_cells}
         self.ended = 0
 
     def add(self, u: dict[int, Tensor], y: Tensor) -> None:
@@ -287,29 +303,27 @@ class _HeldOut:
         self.left -= count
         self.ended += count
         target = F.normalize(image[:count].double(), dim=-1)
-        for i, features in u.items():
-            W, b = self.float_maps[i]
-            h = F.conv2d(features[:count], W[:, :, None, None], b)
-            for j, tail in self.tails.items():
-                e = tail(h[:, self.columns[j]].to(self.dtype)).image
-                self.end[i, j] += (F.normalize(e.double(), dim=-1) - target).square().sum()
+        for i, j in self.end_cells:
+            W, b = (x[self.columns[j]] for x in self.float_maps[i])
+            h = F.conv2d(u[i][:count], W[:, :, None, None], b)
+            e = self.tails[j](h.to(self.dtype)).image
+            self.end[i, j] += (F.normalize(e.double(), dim=-1) - target).square().sum()
 
     def records(self) -> list[dict[str, Any]]:
         """Returns the record of every cell."""
         answer = []
         for i, equations in self.fit.items():
-            W, b = self.maps[i]
             for j, part in self.columns.items():
                 width = part.stop - part.start
                 error = float(self.squared[i][part].sum())
-                fitted = equations.squared_error(W[part], b[part], part)
+                ended = self.ended if (i, j) in self.end else 0
                 record: dict[str, Any] = {
                     "i": i,
                     "j": j,
                     "feature_loss": error / (self.targets.n * width),
-                    "fit_loss": fitted / (equations.n * width),
+                    "fit_loss": self.fitted[i, j] / (equations.n * width),
                     "unexplained": error / self.targets.variance(part),
-                    "embedding_error": float(self.end[i, j]) / self.ended if self.ended else None,
+                    "embedding_error": float(self.end[i, j]) / ended if ended else None,
                 }
                 answer.append(record)
         return answer

@@ -129,6 +129,17 @@ def test_planted_cell_is_chosen_by_both_criteria(monkeypatch):
     assert result.class_tokens[1].shape == (5,)
 
 
+def test_the_cells_with_the_lowest_loss_go_through_the_tails():
+    every, some = planted(num_end_cells=None), planted(num_end_cells=2)
+    lowest = sorted(every.records, key=lambda r: r["fit_loss"])[:2]
+    for whole, part in zip(every.records, some.records, strict=True):
+        end = whole["embedding_error"] if whole in lowest else None
+        assert part == whole | {"embedding_error": end}
+    assert some.best("embedding") in [(r["i"], r["j"]) for r in lowest]
+    with pytest.raises(ValueError, match="num_end_cells"):
+        planted(num_end_cells=0)
+
+
 def test_batch_size_does_not_change_the_result():
     torch.manual_seed(3)
     images = torch.rand(60, 4, 4, 4)
