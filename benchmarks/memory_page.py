@@ -47,12 +47,16 @@ def counts(model: str) -> Counts:
 
 
 def shared(found: Counts, stitched: bool) -> Memory:
-    """Returns the bytes of what is whole on every rank: VAE, rewards, value models."""
+    """Returns the bytes of what is whole on every rank: VAE, rewards, value models.
+
+    Beside a stitched value nothing looks through the rewards' vision towers: they are freed (`drop_tower`).
+    """
     terms = [found[term] for term in TERMS]
+    rewards = sum(t["parameters"] - (t["tower"] if stitched else 0) for t in terms)
     students = sum(t["tail"] + t["stitch"] for t in terms) if stitched else 0
     return {
         "VAE, float32": FLOAT * found["vae"]["parameters"],
-        "rewards, float32": FLOAT * sum(t["parameters"] for t in terms),
+        "rewards, float32": FLOAT * rewards,
         "tails and stitches, float32": FLOAT * students,
     }
 

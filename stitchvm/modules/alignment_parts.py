@@ -19,7 +19,7 @@ from stitchvm.adapters.policy import Policy
 from stitchvm.modules.held_out import HeldOut
 from stitchvm.modules.ranks import all_agree
 from stitchvm.modules.rows import Rows
-from stitchvm.modules.sampling_parts import check_latent_space, latent_size
+from stitchvm.modules.sampling_parts import check_latent_space, latent_size, release
 from stitchvm.modules.sharding import shard_transformer
 from stitchvm.path import working_dtype
 from stitchvm.rewards.base import NotFiniteError
@@ -78,6 +78,7 @@ class AlignmentParts:
         held_out = HeldOut(
             module.evaluation, parts, module.reward_factory, device, size, module.seed
         )
+        release(value, None, held_out.judges)
         total = sum(p.numel() for p in generator.transformer.parameters())
         policy = module.policy_factory(generator.transformer, copies=module.copies)
         if isinstance(policy, PolicyWeights) and module.needs_frozen:

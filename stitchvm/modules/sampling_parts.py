@@ -69,31 +69,41 @@ class SamplingParts:
         return cls(generator, value, final_value, judges, size)
 
     def release(self) -> None:
-        """Frees the device from what no step calls: rewards that only encode prompts, choose and judge.
-
-        Those that choose or judge wait in CPU memory between calls. Of those of a stitched value alone, the vision
-        tower is freed for good: the value has a tail of its own.
-        """
-        steers = [] if self.value is None else list(self.value.modules())
-        looked_through = rewards_of(
-            v
-            for v in steers
-            if isinstance(v, Value) and not isinstance(v, (StitchedValue, WeightedValue))
-        )
-        chooses = [] if self.final_value is None else list(self.final_value.modules())
-        later = rewards_of(v for v in chooses if isinstance(v, Value))
-        later |= parts_of(self.judges.rewards[name] for name in self.judges.resident)
-        for reward in later - looked_through:
-            reward.park()
-        for reward in rewards_of(v for v in steers if isinstance(v, StitchedValue)):
-            if reward not in later | looked_through:
-                reward.drop_tower()
+        """Frees the device from what no step calls (`release`)."""
+        release(self.value, self.final_value, self.judges)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
         height, width = self.latent_size
         return height * self.generator.vae.factor, width * self.generator.vae.factor
+
+
+def release(value: Value | None, final_value: Value | None, judges: Judges) -> None:
+    """Frees the device from what no step calls: rewards that only encode prompts, choose and judge.
+
+    Those that choose or judge wait in CPU memory between calls. Of those of a stitched value alone, the vision
+    tower is freed for good: the value has a tail of its own.
+
+    Arguments:
+        value: What is called at every step.
+        final_value: What chooses among finished samples.
+        judges: What scores them.
+    """
+    steers = [] if value is None else list(value.modules())
+    looked_through = rewards_of(
+        v
+        for v in steers
+        if isinstance(v, Value) and not isinstance(v, (StitchedValue, WeightedValue))
+    )
+    chooses = [] if final_value is None else list(final_value.modules())
+    later = rewards_of(v for v in chooses if isinstance(v, Value))
+    later |= parts_of(judges.rewards[name] for name in judges.resident)
+    for reward in later - looked_through:
+        reward.park()
+    for reward in rewards_of(v for v in steers if isinstance(v, StitchedValue)):
+        if reward not in later | looked_through:
+            reward.drop_tower()
 
 
 def rewards_of(values: Iterable[Value]) -> set[Reward]:

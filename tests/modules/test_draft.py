@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from stitchvm.adapters.full import PolicyWeights
 from stitchvm.modules.draft import DRaFT
+from stitchvm.modules.held_out import Evaluation
 from stitchvm.modules.rows import Rows
 from stitchvm.path import FlowPath
 from stitchvm.schedule import sigma_grid
@@ -223,6 +224,18 @@ def test_a_stitched_value_on_the_trained_transformer_is_the_frozen_one(real, sti
         assert torch.equal(found[0][0], other[0]) and torch.equal(found[0][1], other[1])
     assert found[0][1].abs().min(dim=0).values.max() > 0
     assert close(*(gradients(m) for m in modules), rtol=1e-5)
+
+
+def test_vision_towers_that_no_update_looks_through_are_freed(real, stitched, tiny_clip):
+    def tower(**settings: Any) -> Any:
+        reward: Any = real(perturbed=False, **settings)._built.value.reward
+        assert not reward.parked or reward.visual is not None
+        return reward.parked, reward.visual is not None
+
+    judged = Evaluation(rewards={"clip": runs.reward(tiny_clip)})
+    assert tower(value=stitched(True)) == (False, False)
+    assert tower(value=stitched(True), evaluation=judged) == (True, True)  # waits for evaluations
+    assert tower() == (False, True)  # the terminal reward looks at every update's images
 
 
 def test_a_tweedie_value_is_that_of_the_frozen_model(real):
