@@ -36,6 +36,7 @@ PAIRS = {
     "nft": "nft_stitched",
     "nft_scaled": "nft_stitched_scaled",
 }
+COUNTED = {"draft1": "DRaFT-1", "draft3": "DRaFT-3", "nft": "NFT"}  # in benchmarks/training.py
 TITLES = {"reward": "clip + hps, clean", "checker/whole": "whole scenes right (checker)"}
 
 
@@ -94,11 +95,20 @@ def cell(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def flops_of_image(name: str) -> float:
+    """Returns the FLOPs of an image, rolled out, judged and learnt from, as benchmarks/training.py counts them."""
+    method, _, stitched = name.removesuffix("_scaled").partition("_")
+    wanted = COUNTED[method], "stitched" if stitched else "terminal"
+    records = read_results(WORLD / "benchmark_training.json")["records"]
+    found = {(r["method"], r["value_estimator"]): r for r in records if "variant" in r}
+    return float(found[wanted]["flops"])
+
+
 def equal_reward(records: Sequence[dict[str, Any]]) -> str:
     """Returns the costs to equal reward as Markdown, stitched beside terminal: half-way, and as far as both get."""
     lines = [
-        "| method | reward | core-seconds, terminal | + StitchVM | ratio |",
-        "|---|---:|---:|---:|---:|",
+        "| method | reward | core-seconds, terminal | + StitchVM | ratio | TFLOP, terminal | + StitchVM | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     start = statistics.fmean(p["value"] for p in points(records, "reward") if p["step"] == 0)
     for method, stitched in PAIRS.items():
@@ -109,8 +119,18 @@ def equal_reward(records: Sequence[dict[str, Any]]) -> str:
         most = summaries(curves, TITLES["reward"], "cpu_seconds")[0]["level"]
         for level in ((start + most) / 2, most):
             both = summaries(curves, TITLES["reward"], "cpu_seconds", level)
-            costs = " | ".join(f"{s['cost_to_level']:.0f}" for s in both)
-            lines.append(f"| {label(method)} | {level:.3f} | {costs} | {both[1]['ratio']:.2f} |")
+            images = summaries(curves, TITLES["reward"], "samples", level)
+            work = [
+                s["cost_to_level"] * flops_of_image(name) / 1e12
+                for s, name in zip(images, (method, stitched), strict=True)
+            ]
+            cells = [
+                *(f"{s['cost_to_level']:.0f}" for s in both),
+                f"{both[1]['ratio']:.2f}",
+                *(f"{w:.1f}" for w in work),
+                f"{work[0] / work[1]:.2f}",
+            ]
+            lines.append(f"| {label(method)} | {level:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -125,7 +145,7 @@ def part(kind: str, title: str) -> list[str]:
     parts = [f"**{title}**, {over}. {source(path)}", table(records)]
     if kind != "alignment_windows":
         parts.append(
-            "Core-seconds to the highest reward that every run of both has, and half-way there from the start:\n\n"
+            "Core-seconds and counted work to the highest reward that every run of both has, and half-way there:\n\n"
             + equal_reward(records)
         )
     picture = IMAGES / f"world_{kind}.png"
