@@ -63,6 +63,8 @@ def variant_records(
     peak = matmul_rate(device)
     records: list[Record] = []
     for variant in variants(setup, args.compile):
+        if args.only and not any(word in variant.name for word in args.only):
+            continue
         parts = per_part[variant.noise_levels]
         flops = sum(parts.values()) - (parts["vae"] if variant.cached else 0)
         try:
@@ -173,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--setup", nargs="+", default=["world"], choices=sorted(SETUPS))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", nargs="+", help="variants whose name has one of these in it")
     parser.add_argument("--count", action="store_true", help="count FLOPs only, running nothing")
     parser.add_argument("--rate", type=float, default=790, help="TFLOP/s that --count assumes")
     parser.add_argument("--steps", type=int, default=16, help="micro-batches per measurement")

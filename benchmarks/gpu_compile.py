@@ -1,0 +1,107 @@
+"""What `torch.compile` does to each part of the computation: not at all, block by block, and whole networks.
+
+    python benchmarks/gpu_compile.py --setup sd35m_1024 --device cuda
+
+The parts are those of `sampling_steps.part_calls`, a batch of one, forward and backward to the input. "per block" is
+regional compilation: each block of transformer and tail is compiled by itself, all of one kind from one compilation.
+"whole" compiles the transformer, the prefix, the tail as one graph each. Both compile the VAE's decoder. Seconds of
+compilation are those of the first call beyond a later one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parse_device, write
+from sampling_setups import SAMPLING_SETUPS, Rig
+from sampling_steps import part_seconds
+from torch import nn
+
+from stitchvm.results import check_free, records_to_text
+
+Record = dict[str, Any]
+RECOMPILE = 64
+
+
+def forms(rig: Rig) -> dict[str, list[nn.Module]]:
+    """Returns what is compiled, by name."""
+    model, decoder = rig.model, rig.generator.vae.network.decoder
+    blocks = [*model.backbone.blocks, *model.tail.blocks]
+    whole = [rig.generator.transformer, model.backbone, model.tail]
+    return {"eager": [], "per block": [*blocks, decoder], "whole": [*whole, decoder]}
+
+
+@contextmanager
+def compiled(modules: Sequence[nn.Module], backend: str) -> Iterator[None]:
+    """Compiles modules in place, and undoes it."""
+    torch._dynamo.reset()
+    for module in modules:
+        module.compile(backend=backend)
+    try:
+        # a block is met under several shapes, with and without a gradient; beyond a limit it would run uncompiled
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE):
+            yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
+def form_records(rig: Rig, form: str, measure: Callable[[], Any]) -> list[Record]:
+    """Returns one record for each part under a form, or one that says why there is none."""
+    about = {"benchmark": "compile", "setup": rig.setup.name, "device": rig.device.type}
+    about |= {"form": form}
+    start = time.perf_counter()
+    try:
+        measure()  # compiles
+        first = time.perf_counter() - start
+        found = measure()
+    except Exception as error:  # a compiler may fail in its own ways; the others go on
+        return [about | {"part": "all", "error": f"{type(error).__name__}: {error}"[:300]}]
+    compiling = max(0.0, first - (time.perf_counter() - start - first))
+    return [
+        about
+        | {"part": part, "seconds": forward, "backward_seconds": backward}
+        | {"compile_seconds": compiling if form != "eager" else 0.0}
+        for part, (forward, backward) in found.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--setup", default="sd35m_1024", choices=[*SAMPLING_SETUPS])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--repeats", type=int, default=3, help="calls whose median counts")
+    parser.add_argument("--reduced", action="store_true", help="shrink every size")
+    parser.add_argument("--output", type=Path, help="a JSON file for the records")
+    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
+    args = parser.parse_args(argv)
+    device = parse_device(args.device)
+    if args.output:
+        check_free(args.output, overwrite=args.overwrite)
+    torch.manual_seed(0)
+    setup = SAMPLING_SETUPS[args.setup]
+    rig = Rig(setup.shrunk() if args.reduced and setup.real else setup, device)
+    records: list[Record] = []
+    for number, (form, modules) in enumerate(forms(rig).items()):
+        with compiled(modules, args.backend):
+            records += form_records(rig, form, partial(part_seconds, rig, args.repeats))
+        if args.output:
+            write(args.output, records, device, args.overwrite or number > 0)
+    for record in records:
+        if "error" in record:
+            print(f"{record['form']}: {record['error']}")
+    columns = ("form", "part", "seconds", "backward_seconds", "compile_seconds")
+    print(records_to_text(records, rows=columns, column=None))
+
+
+if __name__ == "__main__":
+    main()
