@@ -1,4 +1,4 @@
-"""The LoRA policy: what it adapts, switching, gradients under checkpointing, and the frozen value beside it."""
+"""The LoRA policy: what it adapts, switching, and the frozen value beside it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from stitchvm.adapters.lora import PolicyAdapters, is_adapter_key, lora_targets
 from stitchvm.backbones.flux import FluxBackbone
 from stitchvm.backbones.sd3 import SD3Backbone
 from stitchvm.generator import Generator
+from tests.adapters.small import Z_T, T, generator_of, gradients, scatter, velocity
 
 SD35_MEDIUM: dict[str, Any] = {
     "sample_size": 128,
@@ -31,38 +30,11 @@ SD35_MEDIUM: dict[str, Any] = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
-Z_T, T = (
-    torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)),
-    torch.tensor([0.3, 0.8]),
-)
-
-
-def generator_of(folder: Path, **options: Any) -> Generator:
-    return Generator(str(folder), text_tokens=12, **options)
-
-
-def scatter(policy: PolicyAdapters) -> None:
-    """Gives every adapter its own random weights, A and B."""
-    for number, name in enumerate(("default", *policy.copies)):
-        source = torch.Generator().manual_seed(number)
-        for weight in policy.parameters(name).values():
-            weight.data.copy_(torch.randn(weight.shape, generator=source) * 0.3)
 
 
 @pytest.fixture(params=["sd3", "flux"])
 def generator(request: pytest.FixtureRequest) -> Generator:
     return generator_of(request.getfixturevalue(f"tiny_{request.param}"), guidance_scale=1.0)
-
-
-def velocity(generator: Generator, z_t: Tensor = Z_T) -> Tensor:
-    return generator.velocity(z_t, T, generator.null)
-
-
-def gradients(policy: PolicyAdapters, name: str = "default") -> list[Tensor | None]:
-    found = [p.grad for p in policy.parameters(name).values()]
-    for p in policy.trainable():
-        p.grad = None
-    return found
 
 
 # What is adapted.
@@ -250,85 +222,6 @@ def test_switching_past_the_policy_is_noticed(tiny_sd3: Path) -> None:
     policy = PolicyAdapters(transformer, r=2)
     with pytest.raises(RuntimeError, match="with gradients for 'default' alone"), policy.off():
         transformer.set_adapter("ema")
-
-
-# Gradients.
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_switching_before_backward_loses_nothing(
-    generator: Generator, checkpointing: bool
-) -> None:
-    """Gradients, of weights and of latents, are those of the forward pass's weights, whatever is active later."""
-    policy = PolicyAdapters(generator.transformer, r=2)
-    scatter(policy)
-    expected = {}
-    for name in ("default", "old"):
-        z_t = Z_T.clone().requires_grad_()
-        with policy.use(name):
-            velocity(generator, z_t).square().sum().backward()
-        expected[name] = [z_t.grad, *(gradients(policy) if name == "default" else [])]
-    # (the last SD3 block makes queries of the text that nothing reads)
-    missing = [
-        key
-        for key, g in zip(policy.parameters(), expected["default"][1:], strict=True)
-        if not g.any()
-    ]
-    assert all("blocks.4.attn.add_q_proj" in key for key in missing)
-    assert len(missing) == (2 if generator.family == "sd3" else 0)
-    if checkpointing:
-        policy.enable_gradient_checkpointing()
-    for name in ("default", "old"):
-        for later in ("default", "old", "ema", None):
-            z_t = Z_T.clone().requires_grad_()
-            with policy.use(name):
-                loss = velocity(generator, z_t).square().sum()
-            with policy.off() if later is None else policy.use(later):
-                loss.backward()
-                assert policy.active == later
-            found = [z_t.grad, *(gradients(policy) if name == "default" else [])]
-            assert all(torch.equal(x, y) for x, y in zip(found, expected[name], strict=True))
-    assert all(p.grad is None for name in policy.copies for p in policy.parameters(name).values())
-
-
-def test_checkpointing_that_was_on_before_is_taken_over(tiny_sd3: Path) -> None:
-    generator = generator_of(tiny_sd3, gradient_checkpointing=True)
-    policy = PolicyAdapters(generator.transformer, r=2)
-    scatter(policy)
-    loss = velocity(generator, Z_T.clone().requires_grad_()).sum()
-    with policy.use("old"):
-        loss.backward()
-    found = gradients(policy)
-    plain = generator_of(tiny_sd3)
-    twin = PolicyAdapters(plain.transformer, r=2)
-    scatter(twin)
-    velocity(plain).sum().backward()
-    assert all(torch.equal(x, y) for x, y in zip(found, gradients(twin), strict=True))
-    # and one that is switched on past it is refused
-    generator.transformer.enable_gradient_checkpointing()
-    with pytest.raises(RuntimeError, match="switched on past the policy"), policy.use("old"):
-        pass
-
-
-def test_whole_calls_are_checkpointed_through_the_policy(tiny_sd3: Path) -> None:
-    generator = generator_of(tiny_sd3)
-    policy = PolicyAdapters(generator.transformer, r=2)
-    scatter(policy)
-    velocity(generator).sum().backward()
-    expected = gradients(policy)
-    for name in ("old", None):
-        loss = policy.checkpoint(velocity, generator).sum()
-        with policy.use(name) if name else policy.off():
-            loss.backward()
-        assert all(torch.equal(x, y) for x, y in zip(gradients(policy), expected, strict=True))
-        loss = checkpoint(velocity, generator, use_reentrant=False).sum()
-        context = policy.use(name) if name else policy.off()
-        with pytest.raises(RuntimeError, match=r"leave use\(\)/off\(\) before backward"), context:
-            loss.backward()
-        gradients(policy)
-    # a foreign checkpoint is fine where nothing is switched
-    checkpoint(velocity, generator, use_reentrant=False).sum().backward()
-    assert all(torch.equal(x, y) for x, y in zip(gradients(policy), expected, strict=True))
 
 
 # Precision.
