@@ -148,14 +148,18 @@ SAMPLING_SETUPS = {setup.name: setup for setup in _ALL}
 class RandomReward(OpenCLIPReward):
     """A random vision tower, whose prompts have random unit embeddings."""
 
+    direction: Tensor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.uses_text = True
+        # kept, as a real reward keeps its text tower when fine-tuning drops the vision tower
+        e = torch.linspace(-1, 1, self.embed_dim, device=self.visual.proj.device)
+        self.register_buffer("direction", F.normalize(e, dim=0), persistent=False)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Returns the same unit embedding for every prompt, (B, E)."""
-        e = torch.linspace(-1, 1, self.embed_dim, device=self.visual.proj.device)
-        return F.normalize(e, dim=0).expand(len(prompts), -1)
+        return self.direction.expand(len(prompts), -1)
 
 
 class RandomGenerator(Generator):
