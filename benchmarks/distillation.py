@@ -62,6 +62,7 @@ def variant_records(
     per_part = {K: run.flops(K) for K in (1, 2, 4)}
     peak = matmul_rate(device)
     records: list[Record] = []
+    lost: list[Record] = []
     for variant in variants(setup, args.compile):
         if args.only and not any(word in variant.name for word in args.only):
             continue
@@ -72,6 +73,7 @@ def variant_records(
         except torch.cuda.OutOfMemoryError:
             run.optimizer.zero_grad()
             print(f"{setup.name}, {variant.name}: out of memory, left out")
+            lost.append({"variant": variant.name, "error": "out of memory"})
             continue
         peak = max(peak, matmul_rate(device))
         rate = variant.batch_size / seconds
@@ -101,7 +103,7 @@ def variant_records(
     for record in records:  # the best product seen is the nearest to what the device can do
         record["utilisation"] *= record["matmul_flops_per_s"] / peak
         record["matmul_flops_per_s"] = peak
-    return records
+    return [*records, *lost]
 
 
 def giga(number: float | None) -> float | None:

@@ -86,8 +86,9 @@ def _rows_of(records: list[Record], sizes: Mapping[str, int]) -> Iterator[Record
             "flops": r.get("flops"),
             "error": r.get("error"),
         }
-        if kind == "distillation" and "images_per_second" in r and "part" not in r:
-            yield one | {"per": "micro-batch", "flops": r["flops"] * r["batch_size"]}
+        if kind == "distillation" and "part" not in r:
+            flops = r["flops"] * r["batch_size"] if "flops" in r else None
+            yield one | {"per": "micro-batch", "flops": flops}
         elif kind == "sampling" and "method" in r:
             how = f", {r['compile']}" if r.get("compile") else ""
             yield one | {"what": f"{one['what']}{how}", "per": f"image, {r['steps']} steps"}

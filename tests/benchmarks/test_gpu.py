@@ -249,6 +249,8 @@ def by_hand():
             | {"noise_levels": 4, "seconds": 3.2, "images_per_second": 10.0, "flops": 8e12}
             | {"latents_per_second": 40.0, "peak_memory_gib": 60.0}
             | {"hours": 16.0, "hours_same_latents": 4.0, "matmul_flops_per_s": 0.9 * RATE},
+            about | {"benchmark": "distillation", "setup": "sd35m_512"}
+            | {"variant": "batch 64, K = 1", "error": "out of memory"},
         ],
         "guidance": [
             tuned | {"choice": "attention auto", "seconds": 0.2},
@@ -336,7 +338,8 @@ def test_rows_by_hand():
     value = found["sd35m_1024: stitched, batch 8"]
     assert value["per"] == "call" and value["utilisation"] == pytest.approx(0.5)
     assert found["matrix product, bfloat16, 10"]["utilisation"] == pytest.approx(1)
-    assert len(found) == 14
+    assert found["sd35m_512: batch 64, K = 1"]["error"] == "out of memory"
+    assert len(found) == 15
 
 
 def test_ratios_by_hand():
