@@ -27,6 +27,7 @@ LABELS = {
     "draft3_stitched": "DRaFT-3 + StitchVM",
     "nft": "DiffusionNFT",
     "nft_stitched": "DiffusionNFT + StitchVM",
+    "nft_tweedie": "the same stop, Tweedie told the prompt",
     "nft_scaled": "NFT, standardised",
     "nft_stitched_scaled": "+ StitchVM, standardised",
 }
@@ -134,6 +135,21 @@ def equal_reward(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def equal_images(records: Sequence[dict[str, Any]]) -> str:
+    """Returns the images that each run learnt from until a reward as Markdown: half-way, and as far as all get."""
+    curves = points(records, "reward")
+    start = statistics.fmean(p["value"] for p in curves if p["step"] == 0)
+    most = summaries(curves, TITLES["reward"], "samples")[0]["level"]
+    levels = ((start + most) / 2, most)
+    found = [summaries(curves, TITLES["reward"], "samples", level) for level in levels]
+    header = ["run", *(f"images to a reward of {level:.3f}" for level in levels)]
+    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|"]
+    for row in zip(*found, strict=True):
+        costs = " | ".join(f"{s['cost_to_level']:.0f}" for s in row)
+        lines.append(f"| {row[0]['method']} | {costs} |")
+    return "\n".join(lines)
+
+
 def part(kind: str, title: str) -> list[str]:
     """Returns the paragraphs of one results file, and draws its picture."""
     path = WORLD / f"{kind}.json"
@@ -143,14 +159,16 @@ def part(kind: str, title: str) -> list[str]:
     seeds = len({r["seed"] for r in records})
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"**{title}**, {over}. {source(path)}", table(records)]
-    if kind != "alignment_windows":
+    if kind == "alignment_controls":
+        parts.append(equal_images(records))
+    elif kind != "alignment_windows":
         parts.append(
             "Core-seconds and counted work to the highest reward that every run of both has, and half-way there:\n\n"
             + equal_reward(records)
         )
     picture = IMAGES / f"world_{kind}.png"
     shown = [p for metric in TITLES for p in points(records, metric)]
-    training_curves(shown, picture, x="cpu_seconds")
+    training_curves(shown, picture, x="samples" if kind == "alignment_controls" else "cpu_seconds")
     return [*parts, f"![{title}](images/{picture.name})"]
 
 
@@ -158,6 +176,7 @@ def section() -> str:
     """Returns all of it, and draws the curves."""
     parts = part("alignment", "Training") + part("alignment_windows", "Stopping windows")
     parts += part("alignment_scales", "Terms of the reward standardised within groups")
+    parts += part("alignment_controls", "The value's error and the stop")
     return "\n\n".join(parts)
 
 

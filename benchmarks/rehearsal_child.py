@@ -61,16 +61,18 @@ def prepare(root: Path) -> None:
         open_clip.add_model_config(root / "architectures")
 
 
-def run_command(root: Path, argv: list[str], log: Path) -> Outcome:
-    """Runs `stitchvm ARGV` in ROOT, in a forked process of its own.
+def run_command(root: Path, argv: list[str], log: Path, start_method: str = "fork") -> Outcome:
+    """Runs `stitchvm ARGV` in ROOT, in a process of its own.
 
     Arguments:
         root: The rehearsal's folder, where relative paths of configurations begin.
         argv: The command and its arguments.
         log: The file that gets its output.
+        start_method: "fork", from this process with all it has imported, or "spawn": importing diffusers looks for
+            devices, after which CUDA cannot be used in a fork.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(start_method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(root, argv, log, sender))
     start = time.perf_counter()

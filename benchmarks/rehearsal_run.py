@@ -32,7 +32,8 @@ def run_all(
         device: "cpu" or "gpu".
         seconds: Begin no further configuration after these.
     """
-    preload()
+    if device == "cpu":
+        preload()
     records = _read(out)
     key = {"scale": scale, "device": device}
     begun = time.perf_counter()
@@ -44,7 +45,7 @@ def run_all(
         if seconds is not None and time.perf_counter() - begun > seconds:
             print("time is up; the same command goes on")
             break
-        record = run_plan(root, plan) | key
+        record = run_plan(root, plan, device) | key
         records = [r for r in records if not _same(r, plan.name, key)] + [record]
         _write(out, records)
         failed += not record["passed"]
@@ -53,13 +54,17 @@ def run_all(
     return int(failed > 0)
 
 
-def run_plan(root: Path, plan: Plan) -> dict[str, Any]:
+def run_plan(root: Path, plan: Plan, device: str = "cpu") -> dict[str, Any]:
     """Runs a configuration's commands up to the first that fails; returns its record."""
     shutil.rmtree(root / "runs" / plan.name, ignore_errors=True)
     outcomes: list[Outcome] = []
     error: str | None = None
     for k, argv in enumerate(plan.commands):
-        outcomes.append(run_command(root, list(argv), root / "logs" / f"{plan.name}_{k}.log"))
+        log, method = (
+            root / "logs" / f"{plan.name}_{k}.log",
+            "fork" if device == "cpu" else "spawn",
+        )
+        outcomes.append(run_command(root, list(argv), log, method))
         if outcomes[-1].code:
             error = f"{argv[0]}: exit code {outcomes[-1].code}: {_last_line(outcomes[-1].log)}"
             break

@@ -1,12 +1,14 @@
 """What the world must show of training-time alignment: Table 3 and Figures 4, 5 and 7 in small.
 
-    python benchmarks/world_alignment.py --parts methods windows scales --seeds 0 1 2
+    python benchmarks/world_alignment.py --parts methods windows scales controls --seeds 0 1 2
 
 - methods: Flow-GRPO-Fast, DRaFT-1, DRaFT-3 and DiffusionNFT with the terminal reward, the last three with a stitched
   value and a stopping point, too; same reward (CLIP + preference), same prompts, about the same core-seconds;
 - windows: the stopping windows of Figure 7 for DiffusionNFT;
 - scales: DiffusionNFT with the terms of the reward standardised within each prompt's group, terminal and stitched. At a
-  noise level the spread of a term is not that of the clean reward, so that a plain sum weighs the terms in another way.
+  noise level the spread of a term is not that of the clean reward, so that a plain sum weighs the terms in another way;
+- controls: DiffusionNFT stopped where the stitched runs stop, with the Tweedie value that is told the prompt, which in
+  the world is nearly exact: what the stitched value's error costs, beside what stopping costs.
 
 Every run is `stitchvm fit` on a shipped config with overrides, in a folder and a process of its own. While it trains,
 64 captions of the split "tune" are sampled now and then: those are the curves. At the end `stitchvm validate` scores
@@ -14,7 +16,7 @@ the averaged policy on 200 captions of "test", 40 steps at guidance 1, with the 
 that is the table. Finished runs are not done again, interrupted ones go on from their last checkpoint.
 
 Core-seconds are the process's CPU seconds on one thread, of training alone. Writes results/world/alignment.json and
-alignment_windows.json, and prints tables; `benchmarks/readme.py` draws them.
+alignment_PART.json, and prints tables; `benchmarks/readme.py` draws them.
 """
 
 from __future__ import annotations
@@ -47,6 +49,11 @@ METHODS: dict[str, tuple[int, int]] = {
 }
 # The stopping windows of Figure 7, in the same shares of the schedule's steps: 12–17, 12–25, 2–12 and 20–25 of 25
 WINDOWS = {"5-7": "[5, 7]", "5-10": "[5, 10]", "1-5": "[1, 5]", "8-10": "[8, 10]"}
+TWEEDIE = (
+    "--model.value=stitchvm.values.tweedie.TweedieFactory",
+    "--model.value.velocity=prompt",
+    f"--model.stop={WINDOWS['5-7']}",
+)
 SCALES = {"nft_scaled": "nft", "nft_stitched_scaled": "nft_stitched"}
 
 
@@ -104,9 +111,11 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return answer
 
 
-def run(name: str, method: str, seed: int, extra: list[str]) -> list[dict[str, Any]]:
+def run(
+    name: str, method: str, seed: int, extra: list[str], length: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
     """Returns the records of one training: its curve on "tune" and its scores on "test"."""
-    updates, every = METHODS[method]
+    updates, every = length or METHODS[method]
     folder = train(name, method, seed, updates, every, extra)
     points = curve(folder)
     scores = score(folder / "test", method, folder / "checkpoints" / "last.ckpt")
@@ -114,7 +123,7 @@ def run(name: str, method: str, seed: int, extra: list[str]) -> list[dict[str, A
     keys = {
         "name": name,
         "method": method.removesuffix("_stitched"),
-        "value_estimator": "stitched" if method.endswith("_stitched") else "terminal",
+        "value_estimator": next((e for e in ("stitched", "tweedie") if e in name), "terminal"),
         "seed": seed,
     }
     costs = {key: cost[key] for key in ("updates", "cpu_seconds", "samples")}
@@ -153,7 +162,7 @@ def show(found: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Runs what is missing of the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("methods", "windows", "scales")
+    parts = ("methods", "windows", "scales", "controls")
     parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--windows", nargs="+", default=list(WINDOWS), choices=list(WINDOWS))
@@ -184,6 +193,14 @@ def main() -> None:
                 found += run(method, method, seed, [])
                 found += run(name, method, seed, ["--model.normalise=group"])
                 write(found, "alignment_scales", args.seeds)
+        show(found)
+    if "controls" in args.parts:
+        found = []
+        for seed in args.seeds:
+            for method in ("nft", "nft_stitched"):
+                found += run(method, method, seed, [])
+            found += run("nft_tweedie", "nft", seed, list(TWEEDIE), METHODS["nft_stitched"])
+            write(found, "alignment_controls", args.seeds)
         show(found)
 
 

@@ -213,3 +213,14 @@ def test_list_writes_nothing(capsys, tmp_path, monkeypatch):
     assert main(["--list", "--only", "aesthetic", "hpsv2"]) == 0
     said = capsys.readouterr().out
     assert "sac+logos+ava1-l14-linearMSE.pth" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_command_runs_in_a_process_of_its_own(method, tmp_path):
+    from rehearsal_child import run_command
+
+    done = run_command(tmp_path, ["--version"], tmp_path / "logs" / "0.log", method)
+    assert done.code == 0 and done.seconds > 0 and done.peak_memory_gib > 0
+    assert "stitchvm 0." in done.log.read_text()
+    wrong = run_command(tmp_path, ["fits"], tmp_path / "logs" / "1.log", method)
+    assert wrong.code == 2 and "did you mean 'fit'" in wrong.log.read_text()
