@@ -135,17 +135,23 @@ def equal_reward(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def equal_images(records: Sequence[dict[str, Any]]) -> str:
-    """Returns the images that each run learnt from until a reward as Markdown: half-way, and as far as all get."""
+def equal_level(records: Sequence[dict[str, Any]], x: str, unit: str) -> str:
+    """Returns what each run took until a reward as Markdown: half-way, and as far as all get; and the first over it.
+
+    Arguments:
+        records: Those of all runs.
+        x: What they took, such as "samples".
+        unit: Its name.
+    """
     curves = points(records, "reward")
     start = statistics.fmean(p["value"] for p in curves if p["step"] == 0)
-    most = summaries(curves, TITLES["reward"], "samples")[0]["level"]
+    most = summaries(curves, TITLES["reward"], x)[0]["level"]
     levels = ((start + most) / 2, most)
-    found = [summaries(curves, TITLES["reward"], "samples", level) for level in levels]
-    header = ["run", *(f"images to a reward of {level:.3f}" for level in levels)]
-    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|"]
+    found = [summaries(curves, TITLES["reward"], x, level) for level in levels]
+    header = ["run", *(f"{unit} to {level:.3f} | ratio" for level in levels)]
+    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|---:|---:|"]
     for row in zip(*found, strict=True):
-        costs = " | ".join(f"{s['cost_to_level']:.0f}" for s in row)
+        costs = " | ".join(f"{s['cost_to_level']:.0f} | {s['ratio']:.2f}" for s in row)
         lines.append(f"| {row[0]['method']} | {costs} |")
     return "\n".join(lines)
 
@@ -160,8 +166,12 @@ def part(kind: str, title: str) -> list[str]:
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"**{title}**, {over}. {source(path)}", table(records)]
     if kind == "alignment_controls":
-        parts.append(equal_images(records))
-    elif kind != "alignment_windows":
+        parts.append(equal_level(records, "samples", "images"))
+    elif kind == "alignment_windows":
+        every = with_sums(read_results(WORLD / "alignment.json")["records"])
+        terminal = [r for r in every if r["name"] == "nft"]
+        parts.append(equal_level([*terminal, *records], "cpu_seconds", "core-seconds"))
+    else:
         parts.append(
             "Core-seconds and counted work to the highest reward that every run of both has, and half-way there:\n\n"
             + equal_reward(records)
