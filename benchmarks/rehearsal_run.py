@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def run_plan(root: Path, plan: Plan, device: str = "cpu") -> dict[str, Any]:
         )
         outcomes.append(run_command(root, list(argv), log, method))
         if outcomes[-1].code:
-            error = f"{argv[0]}: exit code {outcomes[-1].code}: {_last_line(outcomes[-1].log)}"
+            error = f"{argv[0]}: {reason(outcomes[-1])}"
             break
     missing = [file for file in plan.makes if not (root / file).is_file()]
     if error is None and missing:
@@ -81,6 +82,17 @@ def run_plan(root: Path, plan: Plan, device: str = "cpu") -> dict[str, Any]:
         "passed": error is None,
         "error": error,
     }
+
+
+def reason(outcome: Outcome) -> str:
+    """Returns why a command failed."""
+    if outcome.code == -signal.SIGKILL:
+        return (
+            f"killed, most likely for want of memory, at {outcome.peak_memory_gib:.1f} GiB or more"
+        )
+    if outcome.code < 0:
+        return f"ended by {signal.Signals(-outcome.code).name}"
+    return f"exit code {outcome.code}: {_last_line(outcome.log)}"
 
 
 def _last_line(log: Path) -> str:

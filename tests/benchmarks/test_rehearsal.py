@@ -224,3 +224,14 @@ def test_a_command_runs_in_a_process_of_its_own(method, tmp_path):
     assert "stitchvm 0." in done.log.read_text()
     wrong = run_command(tmp_path, ["fits"], tmp_path / "logs" / "1.log", method)
     assert wrong.code == 2 and "did you mean 'fit'" in wrong.log.read_text()
+
+
+def test_why_a_command_failed(tmp_path):
+    from rehearsal_child import Outcome
+    from rehearsal_run import reason
+
+    log = tmp_path / "0.log"
+    log.write_text("a warning\nValueError: no such file\n")
+    assert reason(Outcome(1, 1.0, 2.0, "process", log)) == "exit code 1: ValueError: no such file"
+    assert reason(Outcome(-9, 1.0, 2.0, "process", log)).startswith("killed, most likely for want")
+    assert reason(Outcome(-6, 1.0, 2.0, "process", log)) == "ended by SIGABRT"
