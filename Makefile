@@ -46,12 +46,24 @@ bench: install ## Stage 1, stage 2, sampling and fine-tuning on the world: rates
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/training.py
 
+LARGE := runs/world_large/hps
 results: install ## All that README and docs/results.md show of the world, then these pages (hours; resumes)
-	$(BIN)/python -m stitchvm.world.gates
-	$(BIN)/python benchmarks/world_values.py
-	$(BIN)/python benchmarks/search_study.py
-	$(BIN)/python benchmarks/world_sampling.py
-	$(BIN)/python benchmarks/world_alignment.py --seeds 0 1 2
+	$(BIN)/python -m stitchvm.world.gates --samples 200
+	$(BIN)/python benchmarks/world_values.py --seeds 0 1 2 --vae-seeds 0
+	$(BIN)/python benchmarks/world_truth.py --rollout-images 64 \
+		--vae-stitch 'runs/world_values/{reward}/vae_stitch_1000_seed0/value_model'
+	$(BIN)/python benchmarks/search_study.py --steps 60 --images 256
+	test -d $(LARGE)/value_model || $(BIN)/stitchvm fit --config configs/distill_world_hps.yaml \
+		--model.backbone.path world:sd3_large --model.stitch_point '[4,1]' --data.generated 2560 \
+		--trainer.max_steps 1000 --trainer.default_root_dir $(LARGE)
+	$(BIN)/python benchmarks/world_sampling.py --parts tables
+	$(BIN)/python benchmarks/world_sampling.py --parts scaling --rewards aesthetic --prompts 64
+	$(BIN)/python benchmarks/world_sampling.py --parts cross --rewards hps --prompts 64 --large-value $(LARGE)/value_model
+	for reward in hps aesthetic clip; do $(BIN)/python benchmarks/world_within_prompt.py --reward $$reward || exit 1; done
+	$(BIN)/python benchmarks/world_within_prompt.py --reward clip --output results/world/within_prompt_clip_drawn.json \
+		--value runs/world_values/clip/stitched_1000_seed0/value_model
+	$(BIN)/python benchmarks/world_alignment.py --parts methods windows controls --seeds 0 1 2
+	$(BIN)/python benchmarks/world_alignment.py --parts scales
 	$(BIN)/python benchmarks/readme.py
 
 ROOT ?= $(HOME)/stitchvm-rehearsal

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stitchvm.modules.distillation import StitchDistillation
-from stitchvm.results import command_line, write_results
+from stitchvm.results import check_free, command_line, write_results
 
 __all__ = [
     "Laps",
@@ -25,7 +26,9 @@ __all__ = [
     "instrumented",
     "load",
     "matmul_rate",
+    "parse",
     "parse_device",
+    "parser",
     "peak_memory",
     "reset_memory",
     "seconds_of",
@@ -49,6 +52,27 @@ def parse_device(name: str) -> torch.device:
             "setup; --count counts the FLOPs of the real sizes without running them."
         )
     return device
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with what benchmarks have in common, described by the first line of a docstring."""
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--reduced", action="store_true", help="shrink every size")
+    made.add_argument("--output", type=Path, help="a JSON file for the records")
+    made.add_argument("--overwrite", action="store_true", help="replace the JSON file")
+    return made
+
+
+def parse(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, torch.device]:
+    """Returns the arguments and the device; ends if there is no such device, or results would be written over."""
+    args = made.parse_args(argv)
+    device = parse_device(args.device)
+    if args.output:
+        check_free(args.output, overwrite=args.overwrite)
+    return args, device
 
 
 def synchronize(device: torch.device) -> None:

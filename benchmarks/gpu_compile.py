@@ -10,21 +10,19 @@ compilation are those of the first call beyond a later one.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_device, write
+from common import parse, parser, write
 from sampling_setups import SAMPLING_SETUPS, Rig
 from sampling_steps import part_seconds
 from torch import nn
 
-from stitchvm.results import check_free, records_to_text
+from stitchvm.results import records_to_text
 
 Record = dict[str, Any]
 RECOMPILE = 64
@@ -75,18 +73,11 @@ def form_records(rig: Rig, form: str, measure: Callable[[], Any]) -> list[Record
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--setup", default="sd35m_1024", choices=[*SAMPLING_SETUPS])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--repeats", type=int, default=3, help="calls whose median counts")
-    parser.add_argument("--reduced", action="store_true", help="shrink every size")
-    parser.add_argument("--output", type=Path, help="a JSON file for the records")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
-    args = parser.parse_args(argv)
-    device = parse_device(args.device)
-    if args.output:
-        check_free(args.output, overwrite=args.overwrite)
+    made = parser(__doc__)
+    made.add_argument("--setup", default="sd35m_1024", choices=[*SAMPLING_SETUPS])
+    made.add_argument("--backend", default="inductor", help="of torch.compile")
+    made.add_argument("--repeats", type=int, default=3, help="calls whose median counts")
+    args, device = parse(made, argv)
     torch.manual_seed(0)
     setup = SAMPLING_SETUPS[args.setup]
     rig = Rig(setup.shrunk() if args.reduced and setup.real else setup, device)

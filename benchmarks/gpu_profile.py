@@ -10,14 +10,13 @@ for data. (The profiler itself slows Python down, so it is a lower bound.)
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from common import parse_device, seconds_of, synchronize, write
+from common import parse, parser, seconds_of, synchronize, write
 from sampling_setups import SAMPLING_SETUPS, Rig
 from sampling_steps import run_short
 from sampling_variants import Variant
@@ -26,8 +25,6 @@ from steps import Run
 from steps import Variant as Step
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-
-from stitchvm.results import check_free
 
 Record = dict[str, Any]
 OPERATORS = 25
@@ -41,9 +38,7 @@ def distillation(device: torch.device, reduced: bool) -> tuple[Callable[[], None
     run = Run(setup, device)
     batch = run.batch(Step(setup.batch_size, setup.noise_levels))
     run.module.noise_levels = setup.noise_levels
-    run.setup = setup.__class__(
-        **{**vars(setup), "accumulate": 1}
-    )  # every step has an optimiser's
+    run.setup = replace(setup, accumulate=1)  # every step has an optimiser's
     return lambda: run.step(batch), f"{setup.name}, batch {setup.batch_size}, one optimiser step"
 
 
@@ -92,17 +87,10 @@ def profiled(call: Callable[[], None], device: torch.device) -> tuple[list[Recor
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made = parser(__doc__)
     known = {"distillation": distillation, "guidance": guidance}
-    parser.add_argument("--of", default="distillation", choices=[*known])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--reduced", action="store_true", help="shrink every size")
-    parser.add_argument("--output", type=Path, help="a JSON file for the records")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
-    args = parser.parse_args(argv)
-    device = parse_device(args.device)
-    if args.output:
-        check_free(args.output, overwrite=args.overwrite)
+    made.add_argument("--of", default="distillation", choices=[*known])
+    args, device = parse(made, argv)
     torch.manual_seed(0)
     call, what = known[args.of](device, args.reduced)
     records, table = profiled(call, device)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import matmul_rate, parse_device, write
-
-from stitchvm.results import check_free
+from common import matmul_rate, parse, parser, write
 
 SIZES = {"cuda": (4096, 8192, 16384), "cpu": (256, 512)}
 DTYPES = {"cuda": (torch.bfloat16, torch.float32, torch.float64), "cpu": (torch.float32,)}
@@ -18,14 +14,8 @@ DTYPES = {"cuda": (torch.bfloat16, torch.float32, torch.float64), "cpu": (torch.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--output", type=Path, help="a JSON file for the records")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
-    args = parser.parse_args(argv)
-    device = parse_device(args.device)
-    if args.output:
-        check_free(args.output, overwrite=args.overwrite)
+    made = parser(__doc__)
+    args, device = parse(made, argv)
     records: list[dict[str, Any]] = []
     for dtype in DTYPES[device.type]:
         # the slower dtypes in the smaller sizes: their rate is soon reached

@@ -8,20 +8,18 @@ its gradient, the backward pass to the latents. Nothing is shared with a sampler
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import matmul_rate, parse_device, seconds_of, write
+from common import matmul_rate, parse, parser, seconds_of, write
 from sampling_counts import Paper
 from sampling_setups import SAMPLING_SETUPS, Rig
 from sampling_variants import Variant, make_value
 
 from stitchvm.modules.meter import Meter
-from stitchvm.results import check_free, records_to_text
+from stitchvm.results import records_to_text
 from stitchvm.values.base import Value
 
 Record = dict[str, Any]
@@ -90,17 +88,10 @@ def call(rig: Rig, value: Value, size: int, gradient: bool) -> Callable[[], None
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--setup", nargs="+", default=["world"], choices=[*SAMPLING_SETUPS])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=3, help="calls whose median counts")
-    parser.add_argument("--reduced", action="store_true", help="shrink every size")
-    parser.add_argument("--output", type=Path, help="a JSON file for the records")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
-    args = parser.parse_args(argv)
-    device = parse_device(args.device)
-    if args.output:
-        check_free(args.output, overwrite=args.overwrite)
+    made = parser(__doc__)
+    made.add_argument("--setup", nargs="+", default=["world"], choices=[*SAMPLING_SETUPS])
+    made.add_argument("--repeats", type=int, default=3, help="calls whose median counts")
+    args, device = parse(made, argv)
     rate, records = matmul_rate(device), []
     for number, name in enumerate(args.setup):
         setup = SAMPLING_SETUPS[name]

@@ -60,11 +60,9 @@ def run_plan(root: Path, plan: Plan, device: str = "cpu") -> dict[str, Any]:
     shutil.rmtree(root / "runs" / plan.name, ignore_errors=True)
     outcomes: list[Outcome] = []
     error: str | None = None
+    method = "fork" if device == "cpu" else "spawn"
     for k, argv in enumerate(plan.commands):
-        log, method = (
-            root / "logs" / f"{plan.name}_{k}.log",
-            "fork" if device == "cpu" else "spawn",
-        )
+        log = root / "logs" / f"{plan.name}_{k}.log"
         outcomes.append(run_command(root, list(argv), log, method))
         if outcomes[-1].code:
             error = f"{argv[0]}: {reason(outcomes[-1])}"
@@ -87,9 +85,7 @@ def run_plan(root: Path, plan: Plan, device: str = "cpu") -> dict[str, Any]:
 def reason(outcome: Outcome) -> str:
     """Returns why a command failed."""
     if outcome.code == -signal.SIGKILL:
-        return (
-            f"killed, most likely for want of memory, at {outcome.peak_memory_gib:.1f} GiB or more"
-        )
+        return "killed, most likely for want of memory"
     if outcome.code < 0:
         return f"ended by {signal.Signals(-outcome.code).name}"
     return f"exit code {outcome.code}: {_last_line(outcome.log)}"

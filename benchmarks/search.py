@@ -21,20 +21,19 @@ import inspect
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from common import Laps, clock, load, matmul_rate, parse_device, peak_memory, reset_memory, write
+from common import Laps, clock, load, matmul_rate, parse, parser, peak_memory, reset_memory, write
 from setups import SETUPS, Setup
 from torch import Tensor
 
 from stitchvm import search as stage_one
 from stitchvm.backbones.base import Backbone
 from stitchvm.path import FlowPath
-from stitchvm.results import check_free, records_to_text
+from stitchvm.results import records_to_text
 from stitchvm.rewards.base import Reward
 from stitchvm.search import SearchResult, search
 from stitchvm.vae import VAE
@@ -140,20 +139,13 @@ def measure(setup: Setup, device: torch.device, args: argparse.Namespace) -> lis
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--setup", nargs="+", default=["world"], choices=sorted(SETUPS))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--probes", type=int, default=200, help="images that are fitted")
-    parser.add_argument("--held-out", type=int, default=200, help="images losses are measured on")
-    parser.add_argument("--end-probes", type=int, help="images that go through the tails")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--reduced", action="store_true", help="shrink every size")
-    parser.add_argument("--output", type=Path, help="a JSON file for the records")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
-    args = parser.parse_args(argv)
-    device = parse_device(args.device)
-    if args.output:
-        check_free(args.output, overwrite=args.overwrite)
+    made = parser(__doc__)
+    made.add_argument("--setup", nargs="+", default=["world"], choices=sorted(SETUPS))
+    made.add_argument("--probes", type=int, default=200, help="images that are fitted")
+    made.add_argument("--held-out", type=int, default=200, help="images losses are measured on")
+    made.add_argument("--end-probes", type=int, help="images that go through the tails")
+    made.add_argument("--repeats", type=int, default=3)
+    args, device = parse(made, argv)
     records: list[Record] = []
     for name in args.setup:
         setup = SETUPS[name]

@@ -238,8 +238,7 @@ def search(
         else:
             if held_out is None:
                 means = {j: (tokens[j] / num_probes).float() for j in js}
-                ends = (num_end_probes, num_end_cells)
-                held_out = _HeldOut(fit, columns, reward, means, *ends)
+                held_out = _HeldOut(fit, columns, reward, means, num_end_probes, num_end_cells)
                 clock.lap("solve")
             u = {i: up(u[i], reward.grid).float() for i in depths}
             held_out.add(u, y.float())
