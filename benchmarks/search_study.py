@@ -91,7 +91,7 @@ def quality(i: int, j: int, steps: int, images: int, folder: Path) -> float:
 def measure(js: list[int], folder: Path) -> list[dict[str, Any]]:
     """Returns stage 1's records of all cells."""
     module, data = (
-        distillation(1, search_js=js, num_end_cells=None),
+        distillation(1, search_js=js, num_end_depths=None),
         World(batch_size=16, val_size=512),
     )
     run = trainer(folder)

@@ -56,10 +56,9 @@ class StitchTrainer(Trainer):
         result = run_search()
         path = model.save_search(result)
         for criterion, key in CRITERIA.items():
-            measured = [r for r in result.records if r[key] is not None]
-            if not measured:
+            if all(record[key] is None for record in result.records):
                 continue
-            print(records_to_text(measured, rows=("j",), column="i", value=key, digits=4))
+            print(records_to_text(result.records, rows=("j",), column="i", value=key, digits=4))
             print(f"lowest {criterion} loss: (i, j) = {result.best(criterion)}\n")
         print(f"wrote {path}; next: stitchvm fit with the same config goes on from here")
 

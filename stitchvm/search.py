@@ -13,8 +13,8 @@ are solved and the held-out images that follow are streamed through them.
 The paper chooses the pair with the lowest loss (`criterion="feature"`). It reports that this ranks the good cells
 poorly: the loss grows with the scale of the reward's features and does not see which errors matter. The second
 criterion (`"embedding"`) runs the frozen tail on the closed-form features of a few held-out images and measures the
-distance ‖ẽ − ẽ_RM‖² of what reaches the end. A tail is run for one cell, a pass serves all of them, so that only the
-cells with the lowest loss on the fitted images get that far.
+distance ‖ẽ − ẽ_RM‖² of what reaches the end. A tail is run for one cell, a pass serves all of them, so that for each
+j only the depths with the lowest loss on the fitted images get that far: for one j losses have one scale.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def search(
     num_probes: int = 200,
     num_held_out: int = 200,
     num_end_probes: int = 32,
-    num_end_cells: int | None = 8,
+    num_end_depths: int | None = 2,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -194,18 +194,20 @@ def search(
         num_held_out: The number of images the losses are measured on; 0 measures none and only fits.
         num_end_probes: The number of held-out images that go through the frozen tail for the "embedding"
             criterion; 0 leaves it out.
-        num_end_cells: The number of cells they are run for, those with the lowest loss on the fitted images;
-            all if None.
+        num_end_depths: The number of depths they are run for, for each j those with the lowest loss on the fitted
+            images; all if None.
         seed: Seeds noise and noise levels, which are keyed by an image's position.
         progress: Called with (images done, images in all).
 
     Raises:
-        ValueError: If there are too few images, a depth or j does not exist, or num_end_cells is below 1.
+        ValueError: If there are too few images, a depth or j does not exist, or num_end_depths is below 1.
     """
     depths = _checked_depths(backbone, depths)
     js = _checked_js(reward, js)
-    if num_end_cells is not None and num_end_cells < 1:
-        raise ValueError(f"num_end_cells = {num_end_cells}: expected at least 1, or None for all")
+    if num_end_depths is not None and num_end_depths < 1:
+        raise ValueError(
+            f"num_end_depths = {num_end_depths}: expected at least 1, or None for all"
+        )
     total = num_probes + num_held_out
     device = next(reward.parameters()).device
     clock = _Clock(device)
@@ -238,7 +240,7 @@ def search(
         else:
             if held_out is None:
                 means = {j: (tokens[j] / num_probes).float() for j in js}
-                held_out = _HeldOut(fit, columns, reward, means, num_end_probes, num_end_cells)
+                held_out = _HeldOut(fit, columns, reward, means, num_end_probes, num_end_depths)
                 clock.lap("solve")
             u = {i: up(u[i], reward.grid).float() for i in depths}
             held_out.add(u, y.float())
@@ -264,7 +266,7 @@ class _HeldOut:
         reward: Reward,
         class_tokens: dict[int, Tensor],
         num_end_probes: int,
-        num_end_cells: int | None,
+        num_end_depths: int | None,
     ) -> None:
         self.fit, self.columns, self.grid, self.left = fit, columns, reward.grid, num_end_probes
         self.maps = {i: equations.solve() for i, equations in fit.items()}  # all j side by side
@@ -274,9 +276,12 @@ class _HeldOut:
             for i, equations in fit.items()
             for j, part in columns.items()
         }
-        self.end_cells = sorted(self.fitted, key=lambda cell: self.fitted[cell])[:num_end_cells]
-        wanted = {j for _, j in self.end_cells} if num_end_probes else set()
-        self.tails = {j: reward.tail(j) for j in columns if j in wanted}
+        self.end_cells = [
+            (i, j)
+            for j in columns
+            for i in sorted(fit, key=lambda i: self.fitted[i, j])[:num_end_depths]
+        ]
+        self.tails = {j: reward.tail(j) for j in columns} if num_end_probes else {}
         for j, tail in self.tails.items():
             tail.init_class_token(class_tokens[j])
         self.dtype = next(reward.parameters()).dtype

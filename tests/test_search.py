@@ -129,21 +129,23 @@ def test_planted_cell_is_chosen_by_both_criteria(monkeypatch):
     assert result.class_tokens[1].shape == (5,)
 
 
-def test_the_cells_with_the_lowest_loss_go_through_the_tails():
-    every, some = planted(num_end_cells=None), planted(num_end_cells=2)
-    lowest = sorted(every.records, key=lambda r: r["fit_loss"])[:2]
+def test_the_depths_with_the_lowest_loss_go_through_the_tails():
+    every, some = planted(num_end_depths=None), planted(num_end_depths=2)
+    by_loss = sorted(every.records, key=lambda r: r["fit_loss"])
+    lowest = [r for j in (1, 2) for r in [r for r in by_loss if r["j"] == j][:2]]
     for whole, part in zip(every.records, some.records, strict=True):
         end = whole["embedding_error"] if whole in lowest else None
         assert part == whole | {"embedding_error": end}
     assert some.best("embedding") in [(r["i"], r["j"]) for r in lowest]
-    with pytest.raises(ValueError, match="num_end_cells"):
-        planted(num_end_cells=0)
+    with pytest.raises(ValueError, match="num_end_depths"):
+        planted(num_end_depths=0)
 
 
 def test_batch_size_does_not_change_the_result():
     torch.manual_seed(3)
     images = torch.rand(60, 4, 4, 4)
     settings = {"js": (1,), "num_probes": 40, "num_held_out": 20, "num_end_probes": 8}
+    settings["num_end_depths"] = None
     results = [
         search(images.split(size), lambda x: x, PlantedBackbone(), PlantedReward(), **settings)
         for size in (60, 7)

@@ -68,7 +68,7 @@ class StitchDistillation(LeanCheckpoint):
         num_probes: The images stage 1 fits.
         num_held_out: The images stage 1 measures on.
         num_end_probes: The held-out images of the "embedding" criterion.
-        num_end_cells: The cells it is measured for, those with the lowest loss; all if null.
+        num_end_depths: The depths it is measured for, for each j those with the lowest loss; all if null.
         latent_cache: A folder for the training images' latents: the VAE then runs once per image, not once
             per epoch. It is made where it is missing and refused where it is of other data.
         seed: Seeds noise, noise levels and stage 1.
@@ -102,7 +102,7 @@ class StitchDistillation(LeanCheckpoint):
         num_probes: int = 200,
         num_held_out: int = 200,
         num_end_probes: int = 32,
-        num_end_cells: int | None = 8,
+        num_end_depths: int | None = 2,
         latent_cache: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -138,7 +138,7 @@ class StitchDistillation(LeanCheckpoint):
             num_probes=num_probes,
             num_held_out=num_held_out,
             num_end_probes=num_end_probes,
-            num_end_cells=num_end_cells,
+            num_end_depths=num_end_depths,
             seed=seed,
         )
         self.latent_cache, self.seed = latent_cache, seed

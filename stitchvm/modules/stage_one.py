@@ -46,7 +46,7 @@ class StageOne:
         num_probes: The images that are fitted.
         num_held_out: The images the losses are measured on.
         num_end_probes: The held-out images of the "embedding" criterion.
-        num_end_cells: The cells it is measured for, those with the lowest loss; all if None.
+        num_end_depths: The depths it is measured for, for each j those with the lowest loss; all if None.
         seed: Seeds noise and noise levels.
     """
 
@@ -61,7 +61,7 @@ class StageOne:
         num_probes: int = 200,
         num_held_out: int = 200,
         num_end_probes: int = 32,
-        num_end_cells: int | None = 8,
+        num_end_depths: int | None = 2,
         seed: int = 0,
     ) -> None:
         if criterion not in CRITERIA:
@@ -75,7 +75,7 @@ class StageOne:
             "num_probes": num_probes,
             "num_held_out": num_held_out,
             "num_end_probes": num_end_probes,
-            "num_end_cells": num_end_cells,
+            "num_end_depths": num_end_depths,
             "seed": seed,
         }
 
