@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -27,6 +28,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from stitchvm.interruption import exit_code
+from stitchvm.modules.checkpoint_io import LeanCheckpointIO
 
 # Lightning 2.6 calls parser methods that jsonargparse renames in 5.0; users can do nothing about it
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -201,7 +203,10 @@ class StitchCLI(LightningCLI):
             kwargs["logger"] = False
         if self.subcommand != "fit":
             self.save_config_callback = None
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
+            trainer.strategy.checkpoint_io = LeanCheckpointIO()
+        return trainer
 
 
 def quiet() -> None:

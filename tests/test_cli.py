@@ -54,3 +54,21 @@ def test_a_trainer_that_cannot_be_is_one_message(capsys, tmp_path):
     error = capsys.readouterr().err
     assert "stitchvm: error: fast_dev_run=-5 is not a valid configuration" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.filterwarnings("ignore:.*args parameter is intended to run from within Python.*")
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], "LeanCheckpointIO"), (["--trainer.plugins=AsyncCheckpointIO"], "AsyncCheckpointIO")],
+)
+def test_checkpoint_files_are_read_and_written_as_the_user_says(
+    monkeypatch, tmp_path, flags, expected
+):
+    from stitchvm.lightning_cli import StitchCLI
+
+    monkeypatch.setattr(StitchCLI, "_run_subcommand", lambda self, name: None)
+    demos = "lightning.pytorch.demos.boring_classes"
+    words = [f"--model={demos}.BoringModel", f"--data={demos}.BoringDataModule", *flags]
+    words += [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    cli = StitchCLI(args=["fit", *words], command="fit")
+    assert type(cli.trainer.strategy.checkpoint_io).__name__ == expected

@@ -1,0 +1,66 @@
+"""Checkpoint files of this machine, written and read without a second copy in memory.
+
+Lightning serialises a checkpoint into a buffer, which holds it twice, and lets a file of the system's temporary folder
+take its name: a copy, where that folder lies on another disk, and half a copy if the process is killed. Here the file
+is written beside the one it replaces. What is read is mapped: weights are copied from the file into the module, and the
+processes of one machine share its pages. A file is replaced, never written over, so that what is mapped stays as it was
+read. Addresses such as s3:// go Lightning's way.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+__all__ = ["LeanCheckpointIO"]
+
+
+class LeanCheckpointIO(TorchCheckpointIO):
+    """Lightning's `TorchCheckpointIO` with one copy in memory less, for files of this machine; the same file format."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Writes `checkpoint` at `path`; until it is whole, `path` is what it was before."""
+        if storage_options is not None or not _local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.part")
+        try:
+            torch.save(checkpoint, part)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Returns the checkpoint at `path`; its tensors are pages of the file, copied where they are changed.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        if not _local(path) or not zipfile.is_zipfile(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        checkpoint: dict[str, Any] = torch.load(
+            path, map_location=map_location, weights_only=weights_only, mmap=True
+        )
+        return checkpoint
+
+
+def _local(path: str | Path) -> bool:
+    return str(fsspec.utils.get_protocol(str(path))) in ("file", "local") and "://" not in str(
+        path
+    )
