@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 __all__ = ["PAGE", "grid", "scores", "trajectory"]
@@ -16,6 +17,7 @@ Line = Mapping[str, Any]
 PAGE = 64  # samples on a page
 CELL = 232  # the width of a cell in pixels
 MARGIN = 10
+LABEL = 44  # letters in a line of an axis' label
 INK, GREY, GREEN, RED = "#1a1a1a", "#666666", "#00734f", "#b0230f"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe–Ito
 
@@ -170,7 +172,11 @@ INFO_PANELS = {
 
 
 def trajectory(
-    lines: Sequence[Line], path: str | Path, label: str = "value", examples: int = 6
+    lines: Sequence[Line],
+    path: str | Path,
+    label: str = "value",
+    examples: int = 6,
+    final_label: str | None = None,
 ) -> Path:
     """Draws the values of samples along their trajectories: the mean, quantiles, and some samples themselves.
 
@@ -181,6 +187,8 @@ def trajectory(
         path: The picture's file; it is replaced if it is there.
         label: What the value is.
         examples: How many samples are drawn themselves.
+        final_label: What the final value is, where it is of another reward than the value: then it has an axis of
+            its own, on the right. By default the two are of one reward and share an axis.
 
     Raises:
         ValueError: If no sample has values along its trajectory.
@@ -209,9 +217,14 @@ def trajectory(
     finals = [
         [[0.0, line["final_value"]]] for line in lines if line.get("final_value") is not None
     ]
+    scale = axes[0]
     if finals:
+        if final_label is not None:
+            scale = axes[0].twinx()
+            scale.set_ylabel(fill(final_label, LABEL), color=SERIES[1])
+            scale.tick_params(axis="y", colors=SERIES[1])
         (_, low, middle, high), *_ = quantiles(finals)
-        axes[0].errorbar(
+        scale.errorbar(
             [0.0],
             [middle],
             yerr=[[middle - low], [high - middle]],
@@ -224,7 +237,7 @@ def trajectory(
             zorder=5,
         )
     axes[0].set_title("Value along the trajectory", fontsize=11)
-    axes[0].set_ylabel(label)
+    axes[0].set_ylabel(fill(label, LABEL))
     for axis, name in zip(axes[1:], names, strict=True):
         title, logarithmic = INFO_PANELS[name]
         series = [line["info"][name] for line in lines if line.get("info", {}).get(name)]
@@ -239,6 +252,9 @@ def trajectory(
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
     handles, labels = axes[0].get_legend_handles_labels()
+    if scale is not axes[0]:
+        more = scale.get_legend_handles_labels()
+        handles, labels = handles + more[0], labels + more[1]
     figure.legend(
         handles,
         labels,

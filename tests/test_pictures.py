@@ -143,3 +143,23 @@ def test_trajectories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantiles([line["values"] for line in lines])[0] == (0.9, 1.0, 5.0, 9.0)
     with pytest.raises(ValueError, match="nothing to draw"):
         trajectory([{"values": []}], tmp_path / "t.png")
+
+
+def test_a_final_value_of_another_reward_has_an_axis_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: saved.append(self))
+    lines = [{"values": [[0.9, n], [0.5, 2.0 * n]], "final_value": 1000.0 + n} for n in range(11)]
+    trajectory(lines, tmp_path / "t.png", label="stitched value of A", final_label="final of B")
+    value, final = saved[0].axes
+    assert (value.get_ylabel(), final.get_ylabel()) == ("stitched value of A", "final of B")
+    assert value.get_ylim()[1] < 30, "the other reward's numbers stretch the value's axis"
+    assert final.get_ylim()[0] > 900 and final.yaxis.get_label_position() == "right"
+    (diamond,) = (line for line in final.get_lines() if line.get_marker() == "D")
+    assert (list(diamond.get_xdata()), list(diamond.get_ydata())) == ([0.0], [1005.0])
+    assert final.get_xlim() == value.get_xlim()
+    labels = [text.get_text() for text in saved[0].legends[0].get_texts()]
+    assert len(labels) == 4 and "final value, 10 to 90 %" in labels
+    trajectory(lines, tmp_path / "t.png", label="value")
+    assert len(saved[1].axes) == 1 and saved[1].axes[0].get_ylim()[1] > 1000

@@ -102,6 +102,10 @@ class SampleStore:
             ) from error
         return differences(there.get(part), plain(config)) if part in there else []
 
+    def known(self, part: str) -> dict[str, Any]:
+        """Returns what `prepare` was given as a part: nothing, if it was not."""
+        return json.loads(self.configuration.read_text()).get(part, {})
+
     # Writing: by the first process, when no other is reading.
 
     def erase(self) -> None:

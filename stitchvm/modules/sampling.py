@@ -34,7 +34,7 @@ from stitchvm.modules.meter import Meter, out_of_memory_says
 from stitchvm.modules.sample_lines import decode, sample_stream, trajectories
 from stitchvm.modules.sample_store import Line, SampleStore
 from stitchvm.modules.sampling_bar import SamplingBar
-from stitchvm.modules.sampling_config import configuration, weights
+from stitchvm.modules.sampling_config import configuration, measured, weights
 from stitchvm.modules.sampling_parts import SamplingParts, terminal_terms
 from stitchvm.modules.sampling_report import report
 from stitchvm.rewards.base import Reward
@@ -198,7 +198,7 @@ class Sampling(LightningModule):
             if self.checker and left:
                 check_prompts(self.dataset[i]["prompt"] for i, _ in left)
             self._build()
-            found = {"weights": weights(self)}
+            found = {"weights": weights(self), "measured": measured(self)}
             self._accept(self.store.check(found["weights"], "weights"))
             self._build().release()  # what is hashed is what was loaded
         self.trainer.strategy.barrier("checked")

@@ -10,6 +10,8 @@ from torch import nn
 
 from stitchvm.modules.report import run_config
 from stitchvm.results import weights_of
+from stitchvm.rewards.base import Reward
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.spec import fingerprint
 
 if TYPE_CHECKING:
@@ -82,3 +84,27 @@ def weights(module: Sampling) -> dict[str, dict[str, Any]]:
         for path in [] if factory is None else factory.sources().values():
             found[f"{name} from {path}"] = weights_of(path)
     return found
+
+
+def measured(module: Sampling) -> dict[str, dict[str, str]]:
+    """Returns which reward `value` and `final_value` estimate: its name, and what tells it from any other."""
+    parts = module.parts
+    assert parts is not None
+    values = {"value": parts.value, "final_value": parts.final_value}
+    return {
+        name: {"reward": value.reward.id, "is": identity(value.reward)}
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def identity(reward: Reward) -> str:
+    """Returns a text that two rewards share only if they give the same scores."""
+    if not isinstance(reward, WeightedReward):
+        kind, settings = type(reward).__qualname__, sorted(reward.init_args.items())
+        return f"{kind}{settings} {fingerprint(reward)}"
+    terms = {
+        f"{reward.weights[name]:g} ({identity(part)} - {reward.means[name]:g}) / {reward.stds[name]:g}"
+        for name, part in reward.items()
+    }
+    return " + ".join(sorted(terms))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,8 +37,9 @@ def report(module: Sampling, lines: Sequence[Line]) -> list[dict[str, Any]]:
     pages = grid(lines, folder, folder / "grid.png", per_prompt=module.samples_per_prompt)
     written = [str(page) for page in pages]
     if any(line["values"] for line in lines):
-        label = "value" if estimator is None else f"{style_of([estimator])[estimator][0]} value"
-        written.append(str(trajectory(lines, folder / "trajectory.png", label=label)))
+        label, final = labels(estimator, module.store.known("measured"))
+        picture = folder / "trajectory.png"
+        written.append(str(trajectory(lines, picture, label=label, final_label=final)))
     path = write_results(
         folder / "summary.json",
         records,
@@ -64,6 +65,22 @@ def report(module: Sampling, lines: Sequence[Line]) -> list[dict[str, Any]]:
     )
     print(f"wrote {folder / 'samples.jsonl'}, {path}, {', '.join(written)}")
     return records
+
+
+def labels(estimator: str | None, measured: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Returns what the value is called and, unless the final value is of the same reward, what that is called.
+
+    Arguments:
+        estimator: The value's estimator.
+        measured: What `sampling_config.measured` returned; nothing for folders of earlier versions.
+    """
+    value, final = (measured.get(name, {}) for name in ("value", "final_value"))
+    label = "value" if estimator is None else f"{style_of([estimator])[estimator][0]} value"
+    label, other = (
+        f"{kind} of {each['reward']}" if each else kind
+        for kind, each in ((label, value), ("final value", final))
+    )
+    return label, None if value and value == final else other
 
 
 def names(module: Sampling) -> tuple[str, str | None]:

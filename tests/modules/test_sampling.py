@@ -21,7 +21,9 @@ from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.guidance import GuidedSampler
 from stitchvm.samplers.plain import PlainSampler
 from stitchvm.values.stitched import StitchedFactory
+from stitchvm.values.terminal import TerminalFactory
 from stitchvm.values.tweedie import TweedieFactory
+from stitchvm.values.weighted import Term, WeightedFactory
 from tests.modules.sampling_runs import (
     PROMPTS,
     generator,
@@ -144,6 +146,31 @@ def test_particles_values_and_the_choice(steered) -> None:
     assert {record["value_estimator"] for record in records} == {"stitched"}
     assert [record["metric"] for record in records] == ["clip", "final_value"]
     assert (root / "trajectory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_final_value_of_another_reward_is_drawn_on_its_own_axis(parts, monkeypatch) -> None:
+    """Also where nothing is left to sample, and so nothing is loaded."""
+    make, clip, value, folder = parts
+    drawn: list[tuple[str, str | None]] = []
+
+    def draw(lines, path, label, final_label) -> str:
+        drawn.append((label, final_label))
+        return path
+
+    monkeypatch.setattr("stitchvm.modules.sampling_report.trajectory", draw)
+    arguments = {
+        "sampler": FKSteering(num_steps=3, particles=2, resample_every=1),
+        "generator": make,
+        "value": StitchedFactory(str(value), share_generator=True),
+        "prompts": PROMPTS[:2],
+    }
+    name = f"local-dir:{clip.keywords['model'].removeprefix('local-dir:')}"
+    predict(folder / "own", **arguments)
+    twice = WeightedFactory({"twice": Term(TerminalFactory(), weight=2.0)})
+    for _ in range(2):
+        predict(folder / "other", final_value=twice, **arguments)
+    assert drawn[0] == (f"stitched value of {name}", None)
+    assert drawn[1:] == [(f"stitched value of {name}", f"final value of 2·{name}")] * 2
 
 
 def test_guidance_needs_gradients_whatever_mode_the_trainer_is_in(parts) -> None:
