@@ -55,7 +55,7 @@ def count(shapes: Shapes) -> int:
 
 
 def imagereward_shapes(
-    width: int, depth: int, image: int, patch: int, med: dict[str, Any]
+    width: int, depth: int, image: int, patch: int, med: dict[str, Any], ratio: int = 4
 ) -> Shapes:
     """Returns the tensors of ImageReward.pt: BLIP's ViT, a BERT that attends to it, an MLP.
 
@@ -65,6 +65,7 @@ def imagereward_shapes(
         image: The side of its image, in pixels.
         patch: The side of a patch.
         med: What med_config.json holds.
+        ratio: The width of the ViT's MLPs over that of the ViT.
     """
     shapes: Shapes = {}
 
@@ -86,8 +87,8 @@ def imagereward_shapes(
         linear(f"{block}.attn.qkv", 3 * width, width)
         linear(f"{block}.attn.proj", width, width)
         norm(f"{block}.norm2", width)
-        linear(f"{block}.mlp.fc1", 4 * width, width)
-        linear(f"{block}.mlp.fc2", width, 4 * width)
+        linear(f"{block}.mlp.fc1", ratio * width, width)
+        linear(f"{block}.mlp.fc2", width, ratio * width)
     norm(f"{vision}.norm", width)
     shapes[f"{text}.embeddings.position_ids"] = (1, med["max_position_embeddings"])
     shapes[f"{text}.embeddings.word_embeddings.weight"] = (med["vocab_size"], d)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from rehearsal_shapes import imagereward_shapes
 
 WORDS = ("a", "red", "blue", "circle", "square", "above", "##s", "the", "left", "of")
 MED: dict[str, Any] = {
@@ -91,48 +95,9 @@ def imagereward_state(
     width: int = 128, depth: int = 3, image: int = 32, patch: int = 16, seed: int = 0
 ) -> dict[str, Tensor]:
     """Returns random tensors under the names and in the shapes of ImageReward.pt, with smaller numbers."""
-    d, ffn, layers = MED["hidden_size"], MED["intermediate_size"], MED["num_hidden_layers"]
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, out: int, into: int) -> None:
-        shapes.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
-
-    def norm(name: str, size: int) -> None:
-        shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
-
-    vision, text = "blip.visual_encoder", "blip.text_encoder"
-    shapes[f"{vision}.cls_token"] = (1, 1, width)
-    shapes[f"{vision}.pos_embed"] = (1, 1 + (image // patch) ** 2, width)
-    shapes[f"{vision}.patch_embed.proj.weight"] = (width, 3, patch, patch)
-    shapes[f"{vision}.patch_embed.proj.bias"] = (width,)
-    for k in range(depth):
-        block = f"{vision}.blocks.{k}"
-        norm(f"{block}.norm1", width)
-        linear(f"{block}.attn.qkv", 3 * width, width)
-        linear(f"{block}.attn.proj", width, width)
-        norm(f"{block}.norm2", width)
-        linear(f"{block}.mlp.fc1", 2 * width, width)
-        linear(f"{block}.mlp.fc2", width, 2 * width)
-    norm(f"{vision}.norm", width)
-    shapes[f"{text}.embeddings.word_embeddings.weight"] = (MED["vocab_size"], d)
-    shapes[f"{text}.embeddings.position_embeddings.weight"] = (MED["max_position_embeddings"], d)
-    norm(f"{text}.embeddings.LayerNorm", d)
-    for k in range(layers):
-        layer = f"{text}.encoder.layer.{k}"
-        for kind, into in (("attention", d), ("crossattention", width)):
-            linear(f"{layer}.{kind}.self.query", d, d)
-            linear(f"{layer}.{kind}.self.key", d, into)
-            linear(f"{layer}.{kind}.self.value", d, into)
-            linear(f"{layer}.{kind}.output.dense", d, d)
-            norm(f"{layer}.{kind}.output.LayerNorm", d)
-        linear(f"{layer}.intermediate.dense", ffn, d)
-        linear(f"{layer}.output.dense", d, ffn)
-        norm(f"{layer}.output.LayerNorm", d)
-    linear("blip.vision_proj", 256, width)
-    linear("blip.text_proj", 256, d)
-    widths = (d, 1024, 128, 64, 16, 1)
-    for place, into, out in zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True):
-        linear(f"mlp.layers.{place}", out, into)
+    shapes = imagereward_shapes(width, depth, image, patch, MED, ratio=2)
+    positions = "blip.text_encoder.embeddings.position_ids"
+    del shapes[positions]
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
@@ -143,7 +108,7 @@ def imagereward_state(
         else:
             fan_in = noise[0].numel() if name.endswith(".weight") else 1
             state[name] = noise * (1.5 / fan_in**0.5)
-    state[f"{text}.embeddings.position_ids"] = torch.arange(MED["max_position_embeddings"])[None]
+    state[positions] = torch.arange(MED["max_position_embeddings"])[None]
     return state
 
 
