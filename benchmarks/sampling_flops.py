@@ -5,10 +5,9 @@ Two per multiply-add, attention as two matrix products forward and four backward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 import torch
@@ -18,38 +17,12 @@ from sampling_steps import part_calls
 from sampling_variants import Variant, field_of, make_value
 from steps import meta_tensors
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from stitchvm.modules.cost_flops import FlopCounter
 from stitchvm.samplers.field import Field
 from stitchvm.values import stitched
 
-__all__ = ["FlopCounter", "counted_parts", "counted_units", "meta_sampling"]
-
-
-class FlopCounter(FlopCounterMode):
-    """`FlopCounterMode` that does not follow modules: its hooks do not allow a gradient for a module's own input."""
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        self.mod_tracker: Any = _Everywhere()
-
-    def of(self, call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-        """Returns the FLOPs of a call, and its answer."""
-        before = self.get_total_flops()
-        answer = call(*args)
-        return float(self.get_total_flops() - before), answer
-
-
-class _Everywhere:
-    """What stands for all modules."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> _Everywhere:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
+__all__ = ["counted_parts", "counted_units", "meta_sampling"]
 
 
 def counted_parts(rig: Rig) -> dict[str, Part]:

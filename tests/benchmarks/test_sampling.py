@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stitchvm.modules.cost_flops import FlopCounter
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -106,7 +108,7 @@ def test_the_cost_of_a_stitched_value_on_sd35_medium():
     ],
 )
 def test_every_step_does_what_the_plan_says_and_costs_what_it_is_made_of(name, what):
-    from sampling_flops import FlopCounter, counted_units, meta_sampling
+    from sampling_flops import counted_units, meta_sampling
     from sampling_steps import run_short
 
     rig = reduced(name)
