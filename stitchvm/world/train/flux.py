@@ -3,7 +3,8 @@
     L = E ||u(z_t, t, g, caption) - [u_free + g (u_bound - u_free)]||^2,   g ~ Unif[1, 6]
 
 where u_free, u_bound are the SD3-class generator's velocities under "" and the caption and
-z_t = (1 - t) z_0 + t eps. Its T5 and CLIP encoders are its own and learn end to end from that loss.
+z_t = (1 - t) z_0 + t eps. Its T5 encoder is its own, its CLIP encoder begins as the SD3-class generator's first (the
+published pipelines share theirs), and both learn end to end from that loss.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class FluxStage(SD3Stage):
     """Distils the FLUX-class generator and writes weights/flux."""
 
     name = "flux"
-    total_steps = 1000
+    total_steps = 3000
     warmup = 60
     width, heads = 80, 2
 
@@ -138,6 +139,7 @@ class FluxStage(SD3Stage):
             teacher.text_encoder.requires_grad_(False).eval(),
             teacher.text_encoder_2.requires_grad_(False).eval(),
         ]
+        self.text[0].load_state_dict(teacher.text_encoder.text_model.state_dict())
         pieces = {w: 4 + i for i, w in enumerate(words())}
         self.pieces = pieces
         axis = torch.arange(8.0)
