@@ -22,6 +22,7 @@ __all__ = ["Plan", "plans"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 ORDER = ("distill_", "plain_", "bon_", "dps_", "fks_", "eval_", "draft", "grpo_", "nft_")
 WORLD = "world"
+STITCH_POINT = "[4,1]"  # where stage 1 cannot be run
 CHECKPOINTS: dict[str, Any] = {
     "trainer": {
         "callbacks": [
@@ -60,19 +61,21 @@ class Sizes:
         steps: Steps of a sampler whose schedule is free.
         batch: Images of a batch.
         accelerator: Lightning's.
+        too_large: Pipelines whose transformer does not fit in whole: no stage 1, which looks at every block.
     """
 
     side: int | None
     steps: int
     batch: int
     accelerator: str
+    too_large: tuple[str, ...] = ()
 
 
 def sizes(scale: str, device: str) -> Sizes:
     """Returns how much is done: tiny networks on 64 pixels, real ones on 256 on a CPU and as configured on a GPU."""
     if scale == "tiny":
         return Sizes(64, 4, 2, "cpu")
-    return Sizes(None, 8, 4, "gpu") if device == "gpu" else Sizes(256, 2, 1, "cpu")
+    return Sizes(None, 8, 4, "gpu") if device == "gpu" else Sizes(256, 2, 1, "cpu", ("flux",))
 
 
 def plans(scale: str, device: str, patterns: Sequence[str], root: Path) -> Iterator[Plan]:
@@ -139,10 +142,16 @@ def _distillation(name: str, base: Sequence[str], much: Sizes, overlay: Path) ->
         "--trainer.limit_val_batches=1",
         "--trainer.num_sanity_val_steps=0",
     ]
-    files = ("search.json", "value_model/config.json", "value_model/model.safetensors")
+    files = ["value_model/config.json", "value_model/model.safetensors"]
+    before: tuple[tuple[str, ...], ...] = ()
+    if name.startswith(tuple(f"distill_{key}" for key in much.too_large)):
+        more.append(f"--model.stitch_point={STITCH_POINT}")
+    else:
+        before = (("search", *base, *more),)
+        files.append("search.json")
     return Plan(
         name,
-        (("search", *base, *more), *_resumed(name, base, more, overlay)),
+        (*before, *_resumed(name, base, more, overlay)),
         4,
         tuple(f"runs/{name}/{file}" for file in files),
     )

@@ -154,6 +154,9 @@ def test_every_configuration_has_a_plan_that_parses(tmp_path, scale, device, mon
     order = list(found)
     assert order.index("distill_sd35m_hpsv2") < order.index("dps_stitched_sd35m")
     assert order.index("plain_sd35m") < order.index("eval_samples")
+    unsearched = {n for n in found if "distill" in n and found[n].commands[0][0] != "search"}
+    flux = {n for n in names if n.startswith("distill_flux")}
+    assert unsearched == (flux if (scale, device) == ("full", "cpu") else set())
     for method in (
         "instantiate_classes",
         "after_instantiate_classes",
