@@ -241,8 +241,8 @@ class BoundEstimator(BoundValue):
         if prompts is not None and len(prompts) > 1:
             prompts = [prompts[i] for i in places]
             text = None if text is None else text[index.to(text.device)]
-        if isinstance(generator, Sequence) and len(generator) > 1:
-            generator = [generator[i] for i in places]
+        if isinstance(generator, Sequence):  # a single one is repeated, too: one for each latent
+            generator = [generator[i if len(generator) > 1 else 0] for i in places]
         return type(self)(self.value, prompts, text, generator)
 
 

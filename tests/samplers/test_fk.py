@@ -15,9 +15,10 @@ from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.plain import PlainSampler
 from stitchvm.samplers.resampling import SCHEMES
 from stitchvm.schedule import sigma_grid
+from stitchvm.values.monte_carlo import MonteCarloValue
 from stitchvm.world.closed_form import GaussianWorld, KnownReward
 from tests.samplers.fakes import ClosedFormGenerator, KnownValue
-from tests.values.fakes import known, mixture
+from tests.values.fakes import ClosedFormReward, known, mixture
 
 PROMPTS = ["a red circle", "a blue square left of the red circle"]
 STEPS = 16
@@ -284,6 +285,17 @@ def test_rows_are_independent_of_the_prompts_beside_them() -> None:
         assert torch.allclose(together.particles, parts.particles, atol=1e-6)
         assert together.records[15].info["distinct_ancestors"].min() < 1
     assert max(generator.calls[-20 * 3 :]) == 5
+
+
+def test_a_value_that_rolls_out_steers_one_prompt_as_it_steers_several() -> None:
+    generator = ClosedFormGenerator(mixture())
+    settings = {"rollouts": 3, "steps": 2, "use_prompts": True}
+    value = MonteCarloValue(generator, ClosedFormReward(known()), **settings)
+    sampler = FKSteering(3, 2, num_steps=5, resample_every=1)
+    together = sampler(generator, ["0.5", "0"], value, seeds=[3, 1])
+    alone = sampler(generator, ["0.5"], value, seeds=[3])
+    assert torch.allclose(alone.particles[0], together.particles[0], atol=1e-5)
+    assert torch.allclose(alone.final_values[0], together.final_values[0], atol=1e-3)
 
 
 def test_numbers_of_a_step() -> None:
