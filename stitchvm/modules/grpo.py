@@ -108,6 +108,12 @@ class FlowGRPO(Alignment):
         self.stops = stop_window(stop, self.num_steps)
         self.window, self.bounds = window, (bounds[0], bounds[1]) if bounds else (0, 5)
         sde_window(self.stops.low, window, self.bounds, key=())  # fits the shortest roll-out
+        if kind == "cps" and window is not None and self.bounds[1] == self.num_steps:
+            raise ValueError(
+                f"model.bounds = {list(self.bounds)} of {self.num_steps} steps: the last goes to σ = 0, where "
+                'kind "cps" has no noise, so that nothing is learnt from it and its divergence is 0/0. Lower the '
+                'second bound, or take kind "sde".'
+            )
         self.kind, self.noise_level = kind, noise_level
         self.ratio_clip, self.adv_clip, self.kl = ratio_clip, adv_clip, kl
         self.grouping, self.inner_steps = Grouping(std, normalise), inner_steps

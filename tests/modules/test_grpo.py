@@ -40,7 +40,7 @@ def make(tiny_sd3, tiny_clip):
             "lr": 1e-2,
         } | changes
         return FlowGRPO(
-            generator=runs.generator(tiny_sd3),
+            generator=settings.pop("generator", runs.generator(tiny_sd3)),
             reward=settings.pop("reward", runs.reward(tiny_clip)),
             policy=settings.pop("policy", runs.policy()),
             **settings,
@@ -135,12 +135,25 @@ def test_the_loss_by_hand(make, kind):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
+def test_every_step_that_may_be_trained_has_noise(make):
+    """Up to the last with "sde", up to the last but one with "cps": a divergence is finite at each."""
+    for kind, high in (("sde", 5), ("cps", 4)):
+        module = moved(make(kind=kind, bounds=[high - 2, high], kl=0.3, noise_level=0.6))
+        _, losses, gradient = run(module, rows(runs.PROMPTS[:1], 4))
+        assert all(map(math.isfinite, losses))
+        assert all(g.isfinite().all() for g in gradient.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind, inner_steps", [("sde", 1), ("cps", 2)])
-def test_before_the_first_step_the_ratio_is_exactly_one(make, kind, inner_steps):
+def test_before_the_first_step_the_ratio_is_exactly_one(make, tiny_sd3, kind, inner_steps, dtype):
     """log p of the loss equals that of the roll-out bit for bit, and the loss is −A."""
-    module = moved(make(kind=kind, inner_steps=inner_steps))
+    generator = runs.generator(tiny_sd3, dtype=dtype)
+    module = moved(make(kind=kind, inner_steps=inner_steps, generator=generator))
     some = rows(runs.PROMPTS[:3], 4)
-    rolled, losses, _ = run(module, some)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        rolled, losses, _ = run(module, some)
+    assert rolled.z.dtype == rolled.log_prob.dtype == torch.float32
     assert torch.cat(module._notes["ratio"]).eq(1).all()
     assert torch.cat(module._notes["ratio_deviation"]).eq(0).all()
     assert torch.cat(module._notes["clip_fraction"]).eq(0).all()
@@ -317,6 +330,7 @@ def test_a_reward_that_is_not_finite_skips_the_update(tmp_path):
         ({"bounds": [3, 4]}, "window of 2 steps within"),
         ({"bounds": [3]}, r"expected \[low, high\]"),
         ({"stop": [3, 5]}, "schedule of 3 steps"),
+        ({"bounds": [0, 5]}, "has no noise"),
         ({"stop": [2, 6], "bounds": [0, 2]}, "lies outside of a schedule of 5 steps"),
         ({"kind": "ddim"}, "cps"),
         ({"noise_level": 0.0}, "nothing to learn from"),
