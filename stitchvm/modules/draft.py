@@ -28,6 +28,7 @@ from stitchvm.objectives.draft import draft_loss, renoise
 from stitchvm.objectives.regulariser import output_regulariser
 from stitchvm.objectives.stopping import StopWindow, first_gradient_step
 from stitchvm.values.terminal import TerminalValue
+from stitchvm.values.tweedie import TweedieValue
 
 __all__ = ["DRaFT"]
 
@@ -79,10 +80,22 @@ class DRaFT(Alignment):
                 "reward, which is defined at the end only: set stop to null, or take a stitched or Tweedie value."
             )
         check_borrowed(value, policy)
-        if self.lam > 0 and isinstance(policy, PolicyWeights) and self.backprop_steps != 1:
+        several = self.backprop_steps != 1 or self.redraws > 0
+        if self.lam > 0 and isinstance(policy, PolicyWeights) and several:
             raise ValueError(
-                f"model.lam = {self.lam} with full fine-tuning and backprop_steps = {self.backprop_steps}: the frozen "
-                "model would be exchanged for the trained one inside of a graph. Set lam to 0, or backprop_steps to 1."
+                f"model.lam = {self.lam} with full fine-tuning, backprop_steps = {self.backprop_steps} and redraws = "
+                f"{self.redraws}: the frozen model would be exchanged for the trained one inside of a graph. Set lam "
+                "to 0, or backprop_steps to 1 and redraws to 0."
+            )
+        by_blocks = getattr(policy.transformer, "gradient_checkpointing", False)
+        if not by_blocks and any(
+            isinstance(m, TweedieValue) and m.checkpointing and m.generator is self.generator
+            for m in value.modules()
+        ):
+            raise ValueError(
+                "a Tweedie value with checkpointing would run the generator again when the policy is active, not the "
+                "frozen model: set model.gradient_checkpointing to true, which does so block by block, or the value's "
+                "checkpointing to false."
             )
 
     def micro_steps(self, rows: Rows, rolled: None) -> Iterator[Tensor]:

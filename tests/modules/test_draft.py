@@ -268,6 +268,18 @@ def test_a_tweedie_value_is_that_of_the_frozen_model(real):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_a_tweedie_value_runs_the_frozen_model_again_in_the_backward_pass(real):
+    """By blocks, which remember it; as a whole it would be the policy's, and is refused."""
+    found = {}
+    for again in (False, True):
+        value = TweedieFactory(velocity="prompt", checkpointing=again)
+        module = real(value=value, stop=[2, 2], lam=0.0, gradient_checkpointing=again)
+        found[again] = gradients(module)
+    assert close(found[True], found[False], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"set model\.gradient_checkpointing to true"):
+        real(value=TweedieFactory(checkpointing=True), stop=[2, 2], lam=0.0)
+
+
 def test_full_fine_tuning_refuses_a_value_on_the_trained_transformer(real):
     with pytest.raises(ValueError, match="would change the value with the policy"):
         real(perturbed=False, policy=PolicyWeights, value=TweedieFactory(), stop=[2, 3], lam=0.0)
@@ -355,8 +367,9 @@ def test_bad_networks_are_refused_before_training():
     terminal = networks() | {"value": TerminalSum()}
     with pytest.raises(ValueError, match="terminal reward, which is defined at the end only"):
         DRaFT(num_steps=5, stop=[2, 4], lam=0.0, **terminal).configure_model()
-    with pytest.raises(ValueError, match="Set lam to 0, or backprop_steps to 1"):
-        DRaFT(num_steps=5, backprop_steps=2, **networks()).configure_model()
+    for several in ({"backprop_steps": 2}, {"redraws": 1}):
+        with pytest.raises(ValueError, match="Set lam to 0, or backprop_steps to 1"):
+            DRaFT(num_steps=5, **networks(), **several).configure_model()
 
 
 def test_a_value_of_another_latent_space_is_refused_before_training(tiny_sd3):
