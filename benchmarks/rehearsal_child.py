@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import time
@@ -30,6 +31,8 @@ class Outcome(NamedTuple):
         seconds: How long it took.
         peak_memory_gib: The most memory it held: of the GPU if it used one, else of the process.
         peak_memory_of: "gpu" or "process".
+        anonymous_memory_gib: The most memory of the process that is no page of a file (a mapped checkpoint is one:
+            the system takes it back when it needs room); 0 where /proc does not say.
         log: The file with all it printed.
     """
 
@@ -37,6 +40,7 @@ class Outcome(NamedTuple):
     seconds: float
     peak_memory_gib: float
     peak_memory_of: str
+    anonymous_memory_gib: float
     log: Path
 
 
@@ -79,11 +83,14 @@ def run_command(root: Path, argv: list[str], log: Path, start_method: str = "for
     process.start()
     sender.close()
     memory: tuple[float, str] = (0.0, "process")
+    anonymous = 0.0
+    while not receiver.poll(0.2):
+        anonymous = max(anonymous, _anonymous(process.pid))
     with contextlib.suppress(EOFError):
         memory = receiver.recv()
     process.join()
     code = process.exitcode if process.exitcode is not None else 1
-    return Outcome(code, time.perf_counter() - start, *memory, log)
+    return Outcome(code, time.perf_counter() - start, *memory, anonymous, log)
 
 
 def _child(root: Path, argv: list[str], log: Path, sender: Any) -> None:
@@ -135,6 +142,15 @@ def _reload_lora(pipeline: str, folder: str) -> None:
         given = len(list(file.keys()))
     if taken != given or not given:
         raise ValueError(f"the pipeline took {taken} of {given} matrices of the LoRA in {folder}")
+
+
+def _anonymous(pid: int) -> float:
+    """Returns the GiB of a process that are no pages of files."""
+    status = Path(f"/proc/{pid}/status")
+    with contextlib.suppress(OSError):
+        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+        return int(found[1]) / 2**20 if found else 0.0
+    return 0.0
 
 
 def _memory() -> tuple[float, str]:

@@ -76,6 +76,7 @@ def run_plan(root: Path, plan: Plan, device: str = "cpu") -> dict[str, Any]:
         "steps": plan.steps,
         "peak_memory_gib": round(max(o.peak_memory_gib for o in outcomes), 3),
         "peak_memory_of": outcomes[-1].peak_memory_of,
+        "anonymous_memory_gib": round(max(o.anonymous_memory_gib for o in outcomes), 3),
         "seconds": round(sum(o.seconds for o in outcomes), 1),
         "passed": error is None,
         "error": error,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -229,12 +230,30 @@ def test_a_command_runs_in_a_process_of_its_own(method, tmp_path):
     assert wrong.code == 2 and "did you mean 'fit'" in wrong.log.read_text()
 
 
+def test_pages_of_files_are_told_apart(tmp_path):
+    """A mapped file that has been read through counts as memory of the process, not as anonymous memory."""
+    from rehearsal_child import _anonymous
+
+    n = 16 * 2**20  # numbers of four bytes: 64 MiB
+    (tmp_path / "file").write_bytes(bytes(4 * n))
+    before = _anonymous(os.getpid())
+    mapped = torch.from_file(str(tmp_path / "file"), size=n, dtype=torch.float32)
+    assert mapped.sum() == 0 and _anonymous(os.getpid()) < before + 0.03
+    held = torch.ones(n)
+    assert before == 0 or (held.sum() == n and _anonymous(os.getpid()) > before + 0.05)
+
+
 def test_why_a_command_failed(tmp_path):
     from rehearsal_child import Outcome
     from rehearsal_run import reason
 
     log = tmp_path / "0.log"
     log.write_text("a warning\nValueError: no such file\n")
-    assert reason(Outcome(1, 1.0, 2.0, "process", log)) == "exit code 1: ValueError: no such file"
-    assert reason(Outcome(-9, 1.0, 2.0, "process", log)).startswith("killed, most likely for want")
-    assert reason(Outcome(-6, 1.0, 2.0, "process", log)) == "ended by SIGABRT"
+    assert (
+        reason(Outcome(1, 1.0, 2.0, "process", 1.5, log))
+        == "exit code 1: ValueError: no such file"
+    )
+    assert reason(Outcome(-9, 1.0, 2.0, "process", 1.5, log)).startswith(
+        "killed, most likely for want"
+    )
+    assert reason(Outcome(-6, 1.0, 2.0, "process", 1.5, log)) == "ended by SIGABRT"
