@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,32 @@ def test_prompts_encoded_ahead_do_not_depend_on_the_others(tiny_sd3: Path) -> No
     assert torch.equal(conds[0].pooled, conds[1].pooled)
     assert len(many.encode_prompts(["of", "a blue square"])) == 2
     assert not many._memory.encoders._loaded, "all of them were kept"
+
+
+@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux"])
+def test_prompts_encoded_ahead_have_one_encoder_in_memory_at_a_time(
+    folder: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(request.getfixturevalue(folder))
+    generator = Generator(path, text_tokens=4)
+    _ = generator.null
+    encoders = generator._memory.encoders
+    load, loaded = encoders._load, []
+
+    def spy(name: str, **options: Any) -> Any:
+        if name.startswith("text_encoder"):
+            assert not encoders._loaded, f"{name} is loaded beside {list(encoders._loaded)}"
+            loaded.append(name)
+        return load(name, **options)
+
+    monkeypatch.setattr(encoders, "_load", spy)
+    generator.encode_ahead([*PROMPTS, PROMPTS[0]])
+    assert loaded == encoders._names() and not encoders._loaded
+    other = Generator(path, text_tokens=4)
+    for prompt in PROMPTS:
+        ahead, alone = generator._memory.kept[prompt], other.encode_prompts([prompt])
+        assert torch.equal(ahead.tokens, alone.tokens)
+        assert torch.equal(ahead.pooled, alone.pooled)
 
 
 def test_velocity_takes_one_prompt_for_all_and_is_differentiable(sd3: Generator) -> None:

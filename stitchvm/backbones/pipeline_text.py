@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,13 @@ class PipelineEncoders(TextEncoders):
         else:
             tokens, pooled, _ = self.pipe.encode_prompt(texts, **options)
         return Condition(tokens, pooled)
+
+    def ahead(
+        self, prompts: Sequence[str], device: torch.device | str = "cpu"
+    ) -> Iterator[Condition]:
+        """Yields the condition of each prompt by itself, on the CPU; the encoders stay the pipeline's."""
+        for prompt in prompts:
+            yield self([prompt]).to("cpu")
 
 
 def read_pipeline(pipe: Any) -> tuple[str, str, float]:

@@ -60,11 +60,16 @@ class PromptMemory:
         return Condition.cat([known[text] for text in texts]).to(device)
 
     def encode_ahead(self, prompts: Sequence[str], device: torch.device) -> None:
-        """Encodes prompts one by one, keeps them all, and frees the encoders."""
+        """Encodes prompts one by one with one encoder in memory at a time, keeps them all, and frees the encoders."""
         distinct = list(dict.fromkeys(prompts))
         self.limit = max(self.limit, len(distinct))
-        for prompt in distinct:
-            self([prompt], device)
+        known = {text: c for text in distinct if (c := self._lookup(text)) is not None}
+        missing = [text for text in distinct if text not in known]
+        self.kept.update(known)
+        for text, condition in zip(missing, self.encoders.ahead(missing, device), strict=True):
+            self.kept[text] = condition
+            if self._store is not None:
+                self._store.put(text, condition)
         self.free()
 
     def free(self) -> None:

@@ -8,7 +8,7 @@ CLIP's pooled output the vector. Encoders are loaded when a prompt is not in the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from stitchvm.hub import resolve
 
 FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 DEFAULT_TOKENS = {"sd3": 256, "flux": 512}
+Outputs = tuple[Tensor, ...]
 _PATTERNS = [
     "model_index.json",
     "transformer/config.json",
@@ -131,36 +132,69 @@ class TextEncoders:
         texts = list(prompts)
         if not texts:
             raise ValueError("no prompts to encode; give at least one")
-        run = self._encode_sd3 if self.family == "sd3" else self._encode_flux
-        return run(texts, torch.device(device), keep)
+        place = torch.device(device)
+        return self._join({name: self._encode(name, texts, place, keep) for name in self._names()})
 
-    def _encode_sd3(self, texts: list[str], device: torch.device, keep: bool) -> Condition:
-        """SD3: [CLIP-L | CLIP-G] padded to T5's width, then T5's tokens."""
-        length = self._tokenizer("tokenizer").model_max_length
-        hidden, pooled = [], []
-        for suffix in ("", "_2"):
-            ids = self._ids("tokenizer" + suffix, texts, length, device)
-            out = self._run("text_encoder" + suffix, ids, device, keep, output_hidden_states=True)
-            hidden.append(out.hidden_states[-2].to(self.dtype))
-            pooled.append(out[0])
+    @torch.no_grad()
+    def ahead(
+        self, prompts: Sequence[str], device: torch.device | str = "cpu"
+    ) -> Iterator[Condition]:
+        """Yields the condition of each prompt by itself, on the CPU: what `self([prompt])` is, bit for bit.
+
+        Each encoder is loaded once and freed before the next one is loaded; T5 is the last.
+
+        Arguments:
+            prompts: The prompts.
+            device: Where the encoders run.
+        """
+        *first, last = self._names()
+        place, made = torch.device(device), [dict[str, Outputs]() for _ in prompts]
+        for name in first if made else ():
+            for text, outputs in zip(prompts, made, strict=True):
+                outputs[name] = self._encode(name, [text], place, True)
+                outputs[name] = tuple(x.cpu() for x in outputs[name])
+            self._loaded.pop(name, None)
+        for text, outputs in zip(prompts, made, strict=True):
+            outputs[last] = tuple(x.cpu() for x in self._encode(last, [text], place, True))
+            yield self._join(outputs)
+            outputs.clear()
+        self._loaded.pop(last, None)
+
+    def _names(self) -> list[str]:
+        """Returns the encoders that the pipeline has, in the order in which they run."""
+        if self.family == "flux":
+            return ["text_encoder", "text_encoder_2"]
+        three = self._component("text_encoder_3")[1] is not None
+        return ["text_encoder", "text_encoder_2", *["text_encoder_3"] * three]
+
+    def _encode(self, name: str, texts: list[str], device: torch.device, keep: bool) -> Outputs:
+        """Returns what the condition takes of an encoder: tokens of SD3's CLIPs and of T5, vectors of CLIPs."""
+        t5 = name == ("text_encoder_3" if self.family == "sd3" else "text_encoder_2")
+        length = self.num_tokens if t5 else self._tokenizer("tokenizer").model_max_length
+        ids = self._ids(name.replace("text_encoder", "tokenizer"), texts, length, device)
+        if t5:
+            return (self._run(name, ids, device, keep)[0].to(self.dtype),)
+        if self.family == "flux":
+            return (self._run(name, ids, device, keep).pooler_output.to(self.dtype),)
+        out = self._run(name, ids, device, keep, output_hidden_states=True)
+        return out.hidden_states[-2].to(self.dtype), out[0]
+
+    def _join(self, outputs: dict[str, Outputs]) -> Condition:
+        """SD3: [CLIP-L | CLIP-G] padded to T5's width, then T5's tokens. FLUX: T5's tokens and CLIP's vector."""
+        if self.family == "flux":
+            return Condition(*outputs["text_encoder_2"], *outputs["text_encoder"])
+        hidden, pooled = zip(
+            *(outputs[n] for n in ("text_encoder", "text_encoder_2")), strict=True
+        )
         clip = torch.cat(hidden, dim=-1)
-        if self._component("text_encoder_3")[1] is None:
+        if "text_encoder_3" in outputs:
+            (t5,) = outputs["text_encoder_3"]
+        else:
             config = self._folder() / "transformer" / "config.json"
             width = json.loads(config.read_text())["joint_attention_dim"]
-            t5 = clip.new_zeros(len(texts), self.num_tokens, width)
-        else:
-            ids = self._ids("tokenizer_3", texts, self.num_tokens, device)
-            t5 = self._run("text_encoder_3", ids, device, keep)[0].to(self.dtype)
+            t5 = clip.new_zeros(len(clip), self.num_tokens, width)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return Condition(torch.cat([clip, t5], dim=-2), torch.cat(pooled, dim=-1))
-
-    def _encode_flux(self, texts: list[str], device: torch.device, keep: bool) -> Condition:
-        """FLUX: T5's tokens and CLIP's pooled output."""
-        length = self._tokenizer("tokenizer").model_max_length
-        ids = self._ids("tokenizer", texts, length, device)
-        pooled = self._run("text_encoder", ids, device, keep).pooler_output.to(self.dtype)
-        ids = self._ids("tokenizer_2", texts, self.num_tokens, device)
-        return Condition(self._run("text_encoder_2", ids, device, keep)[0].to(self.dtype), pooled)
 
     def _ids(self, name: str, texts: list[str], length: int, device: torch.device) -> Tensor:
         """Returns token ids with shape (B, length), padded and cut."""
