@@ -7,6 +7,7 @@ For one image the data, the VAE and the teacher are paid once; `noise_levels` st
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -117,13 +118,25 @@ class StitchDistillation(LeanCheckpoint):
             raise ValueError(f"noise_levels = {noise_levels}: expected at least 1")
         if stitch_point is not None and len(stitch_point) != 2:
             raise ValueError(f"stitch_point {stitch_point}: expected [i, j], such as [4, 1]")
+        if noise_law is not None and noise_law.stratified:
+            raise ValueError(
+                "noise_law is stratified over a batch, but an image's levels must not depend on its batch: leave "
+                "stratified out; the noise_levels of one image are always stratified"
+            )
         self.stitch_point: tuple[int, int] | None = (
             (stitch_point[0], stitch_point[1]) if stitch_point is not None else None
         )
         self.objective = objective
         self.lambdas = {"lambda_tok": lambda_tok}
+        more = {"lambda_emb": lambda_emb, "lambda_sc": lambda_sc}
         if objective == "aesthetic":
-            self.lambdas |= {"lambda_emb": lambda_emb, "lambda_sc": lambda_sc}
+            self.lambdas |= more
+        for name, value in more.items():
+            if name not in self.lambdas and value != 1:
+                raise ValueError(
+                    f"{name} = {value} is a weight of Eq. (79), but objective is 'representation' (Eq. 78): leave it "
+                    "out, or set objective to 'aesthetic'"
+                )
         self.noise_law = noise_law if noise_law is not None else CenterBiased()
         self.noise_levels = noise_levels
         self.lr, self.stitch_lr_factor = lr, stitch_lr_factor
@@ -131,7 +144,7 @@ class StitchDistillation(LeanCheckpoint):
         self.warmup_steps, self.decay, self.compile_networks = warmup_steps, decay, compile
         self.stage_one = StageOne(
             backbone,
-            reward,
+            partial(_textless, reward) if objective == "aesthetic" else reward,
             vae,
             js=tuple(search_js) if search_js is not None else (1, 2, 3, 4),
             criterion=search_criterion,
@@ -349,3 +362,14 @@ class StitchDistillation(LeanCheckpoint):
 
     def _run_folder(self) -> Path:
         return Path(self.trainer.default_root_dir)
+
+
+def _textless(make: Callable[[], Reward]) -> Reward:
+    """Makes the teacher of Eq. (79), whose score the objective takes of an image alone."""
+    reward = make()
+    if reward.uses_text:
+        raise ValueError(
+            f"objective 'aesthetic' (Eq. 79) needs a reward that reads no text, got {reward.id}: use "
+            "stitchvm.rewards.aesthetic.AestheticReward, or objective 'representation' (Eq. 78)"
+        )
+    return reward

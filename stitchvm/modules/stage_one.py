@@ -68,6 +68,11 @@ class StageOne:
             raise ValueError(f"search_criterion {criterion!r}: expected one of {sorted(CRITERIA)}")
         if criterion == "embedding" and num_end_probes < 1:
             raise ValueError("search_criterion 'embedding' needs num_end_probes of at least 1")
+        if num_probes < 1 or num_held_out < 0:
+            raise ValueError(
+                f"num_probes = {num_probes}, num_held_out = {num_held_out}: expected at least 1 image to fit (the "
+                "paper's 200) and at least 0 to measure on"
+            )
         self.backbone, self.reward, self.vae = backbone, reward, vae
         self.criterion = criterion
         self.settings: dict[str, Any] = {
@@ -89,12 +94,18 @@ class StageOne:
         """Searches on the first images of the data module's validation loader.
 
         Raises:
-            ValueError: If there is no data module, or too few images in it.
+            ValueError: If there is no data module, or too few images in it; or if losses are to be compared
+                but nothing is held out.
         """
+        settings = self.settings | override
+        if depths is None and settings["num_held_out"] < 1:
+            raise ValueError(
+                "num_held_out = 0 leaves no image to measure stitch points on: set it to at least 1 (200 by "
+                "default), or give the stitch point"
+            )
         max_depth = max(depths) if depths is not None else None
         backbone = cast(Callable[..., Backbone], self.backbone)(max_depth=max_depth).to(on)
         reward, vae = self.reward().to(on), self.vae().to(on)
-        settings = self.settings | override
         num_images = settings["num_probes"] + settings["num_held_out"]
         return search(
             _probe_pixels(datamodule, num_images),

@@ -11,6 +11,11 @@ from stitchvm.cli import main
 from stitchvm.value_model import StitchedValueModel
 from tests.modules import runs
 
+STRATIFIED = {
+    "class_path": "stitchvm.schedule.CenterBiased",
+    "init_args": {"stratified": True},
+}
+
 
 def message(capsys: pytest.CaptureFixture[str]) -> str:
     """What the command line said on stderr, from its error on."""
@@ -113,6 +118,11 @@ def test_the_loss_falls(config):
         ({"stitch_point": [2, 40]}, "40"),
         ({"stitch_point": None, "num_probes": 5000}, "probe images"),
         ({"search_criterion": "best"}, "criterion"),
+        ({"stitch_point": None, "num_held_out": 0}, "num_held_out = 0"),
+        ({"num_probes": 0}, "num_probes = 0"),
+        ({"objective": "aesthetic"}, "reads no text"),
+        ({"lambda_sc": 0.5}, "lambda_sc = 0.5"),
+        ({"noise_law": STRATIFIED}, "stratified"),
     ],
 )
 def test_wrong_settings_end_at_once_with_one_message(config, capsys, change, expected):
