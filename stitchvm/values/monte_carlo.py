@@ -213,10 +213,14 @@ class MonteCarloValue(Value):
     ) -> Tensor:
         each = self.embeddings(z_t, t, prompts=prompts, generator=generator)
         lines = None if text is None else text.repeat(len(each), 1)
-        scores = self.reward.score(each.flatten(0, 1), lines).unflatten(0, each.shape[:2])
+        return self.reduced(self.reward.score(each.flatten(0, 1), lines))
+
+    def reduced(self, scores: Tensor) -> Tensor:
+        """Returns values with shape (B,) from the scores of all roll-outs (n·B,), in the order of `embeddings`."""
+        scores = scores.unflatten(0, (self.rollouts, -1))
         if self.reduction == "mean":
             return scores.mean(dim=0)
-        return scores.logsumexp(dim=0) - math.log(len(each))
+        return scores.logsumexp(dim=0) - math.log(len(scores))
 
 
 def spawn(generators: Sequence[torch.Generator], n: int) -> list[torch.Generator]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.base import BoundEstimator, BoundValue, match
+from stitchvm.values.monte_carlo import MonteCarloValue
 from stitchvm.values.weighted import WeightedBound
 
 __all__ = ["Scored", "value_and_terms"]
@@ -42,6 +43,13 @@ def value_and_terms(bound: BoundValue, z_t: Tensor, t: Tensor) -> Scored:
     if isinstance(bound, BoundEstimator) and isinstance(bound.value.reward, WeightedReward):
         value, reward = bound.value, bound.value.reward
         prompts, text = match(bound.prompts, bound.text, len(z_t))
+        if isinstance(value, MonteCarloValue):  # each roll-out is scored, as the bound value does
+            each = value.embeddings(z_t, t, prompts=prompts, generator=bound.generator)
+            image = each.flatten(0, 1)
+            lines = None if text is None else text.repeat(len(each), 1)
+            scores = reward.part_scores(image.detach(), lines)
+            terms = {name: value.reduced(score) for name, score in scores.items()}
+            return _scored(value.reduced(reward.score(image, lines)), terms, reward)
         image = value.embed(z_t, t, prompts=prompts, generator=bound.generator)
         terms = reward.part_scores(image.detach(), text)
         return _scored(value.score(image, text), terms, reward)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stitchvm.randomness import keyed_generator
 from stitchvm.rewards.weighted import WeightedReward
+from stitchvm.values.monte_carlo import MonteCarloValue
 from stitchvm.values.terminal import TerminalValue
 from stitchvm.values.terms import value_and_terms
 from stitchvm.values.weighted import WeightedValue
-from tests.values.fakes import FakeReward, IdentityVAE
+from tests.values.fakes import (
+    ClosedFormReward,
+    FakeReward,
+    IdentityVAE,
+    WorldGenerator,
+    known,
+    mixture,
+)
 
 Z = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 T = torch.zeros(3)
@@ -58,3 +67,33 @@ def test_a_single_value_has_no_terms():
     bound = TerminalValue(IdentityVAE(), FakeReward(uses_text=False)).bind()
     found = value_and_terms(bound, Z, T)
     assert torch.equal(found.value, bound(Z, T)) and found.terms == {}
+
+
+class Bent(ClosedFormReward):
+    """A reward that is not affine in its embedding."""
+
+    affine = False
+
+    def score(self, image, text=None):
+        return super().score(image, text).square()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "log_mean_exp"])
+def test_terms_of_roll_outs_are_those_of_each_of_them(reduction):
+    """A reward that is not affine, and a log-mean-exp, are no functions of the average embedding."""
+    parts = {"a": Bent(known()), "b": ClosedFormReward(known())}
+
+    def bound(reward):
+        value = MonteCarloValue(
+            WorldGenerator(mixture()), reward, rollouts=4, steps=3, reduction=reduction
+        )
+        return value.bind(generator=[keyed_generator("terms", i) for i in range(3)])
+
+    z = torch.randn(3, 2, 1, 1, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    t = torch.full((3,), 0.6)
+    total = WeightedReward(parts, weights={"b": 2.0})
+    found, wanted = value_and_terms(bound(total), z, t), bound(total)(z, t)
+    assert torch.equal(found.value, wanted)
+    assert torch.autograd.grad(found.value.sum(), z)[0].any()
+    for name, reward in parts.items():
+        torch.testing.assert_close(found.terms[name], bound(reward)(z, t).detach())
