@@ -109,7 +109,7 @@ class Sampling(LightningModule):
                 f"{type(sampler).__name__} asks a value, but none is configured: give model.value, such as "
                 "stitchvm.values.stitched.StitchedFactory, or take stitchvm.samplers.plain.PlainSampler."
             )
-        if sampler.wants_value and (ends := terminal_terms(value)):
+        if sampler.wants_value and not sampler.clean_only and (ends := terminal_terms(value)):
             raise ValueError(
                 f"{type(sampler).__name__} asks the value at every noise level, but {' and '.join(ends)} is the "
                 "terminal reward, defined at t = 0 only: take a stitched, Tweedie or Monte Carlo value there."

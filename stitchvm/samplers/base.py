@@ -198,6 +198,11 @@ class Sampler(ABC):
         self.kernel = Kernel(nu, nu_scale)
         self.micro_batch, self.share_prefix = micro_batch, share_prefix
 
+    @property
+    def clean_only(self) -> bool:
+        """Whether it asks its value about clean latents only, at σ = 0, so that a terminal reward will do."""
+        return False
+
     @abstractmethod
     def advance(self, run: Run, k: int) -> Record:
         """Takes step k, from level k to k + 1: changes `run.z` (and `run.prefix`)."""

@@ -100,6 +100,11 @@ class FKSteering(Sampler):
         self.wants_value = particles > 1 or proposals > 1
 
     @property
+    def clean_only(self) -> bool:
+        """Whether it asks its value about clean latents only: the denoised parents."""
+        return self.score == "parent"
+
+    @property
     def resampling_steps(self) -> tuple[int, ...]:
         """S_FK, in steps taken."""
         if self.resample_every is None or self.particles == 1:

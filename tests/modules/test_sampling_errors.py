@@ -129,6 +129,8 @@ def test_what_does_not_go_together_is_said_at_once(tiny_sd3, tiny_clip) -> None:
             Sampling(generator=make, **arguments)
     Sampling(BestOfN(), make, reward=reward(tiny_clip))
     Sampling(BestOfN(), make, value=TerminalFactory(), reward=reward(tiny_clip))
+    parents = FKSteering(score="parent")  # asks about denoised parents, at σ = 0 only
+    Sampling(parents, make, value=TerminalFactory(), reward=reward(tiny_clip))
 
 
 def test_a_value_model_of_another_latent_space(tiny_sd3, tiny_clip, tmp_path) -> None:
