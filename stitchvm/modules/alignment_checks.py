@@ -31,6 +31,12 @@ def check_settings(module: Alignment) -> None:
             f"model.lr = {lr}, clip = {clip}, ema_limit = {limit}: expected lr > 0, clip > 0 or null, and ema_limit in "
             "[0, 1]."
         )
+    sampler = module.evaluation.sampler
+    if sampler is not None and (sampler.wants_value or sampler.particles > 1):
+        raise ValueError(
+            f"model.evaluation.sampler is a {type(sampler).__name__}, which asks a value, but held-out prompts are "
+            "sampled without one, to see the policy alone: take stitchvm.samplers.plain.PlainSampler."
+        )
     if module.grid != "pipeline":
         sigma_grid(
             module.num_steps, shift=module.shift, kind=module.grid

@@ -9,6 +9,9 @@ import pytest
 
 from stitchvm.data.prompts import Prompts
 from stitchvm.modules.alignment_checks import check_trainer
+from stitchvm.modules.held_out import Evaluation
+from stitchvm.samplers.best_of_n import BestOfN
+from stitchvm.samplers.fk import FKSteering
 from tests.modules import alignment_runs as runs
 from tests.modules.alignment_fakes import draft
 
@@ -20,6 +23,8 @@ BAD = [
     ({"clip": 0.0}, "clip = 0.0"),
     ({"ema_limit": 1.5}, "ema_limit = 1.5"),
     ({"height": 64}, "height = 64, width = None"),
+    ({"evaluation": Evaluation(sampler=FKSteering())}, "sampler is a FKSteering, which asks"),
+    ({"evaluation": Evaluation(sampler=BestOfN())}, "sampler is a BestOfN, which asks a value"),
 ]
 
 
