@@ -214,14 +214,14 @@ class FKSteering(Sampler):
         return Weights.even(self.potential, self.lam, self.lam_per, prompts, self.particles)
 
     def _check_settings(self) -> None:
-        self._even(1)  # raises for an unknown potential or a λ out of range
-        uniforms_needed(self.resampling, self.particles)
         every = 1 if self.resample_every is None else self.resample_every
         if min(self.particles, self.proposals, every) < 1:
             raise ValueError(
                 f"particles = {self.particles}, proposals = {self.proposals}, resample_every = "
                 f"{self.resample_every}: expected 1 or more (resample_every: null for never)."
             )
+        self._even(1)  # raises for an unknown potential or a λ out of range
+        uniforms_needed(self.resampling, self.particles)
         for name, value, allowed in (
             ("score", self.score, SCORES),
             ("final", self.final, FINALS),
@@ -234,7 +234,8 @@ class FKSteering(Sampler):
             )
         if self.resample_to > self.num_steps:
             raise ValueError(
-                f"resample_to = {self.resample_to}, but there are {self.num_steps} steps."
+                f"resample_to = {self.resample_to}, but there are {self.num_steps} steps: lower resample_to, or leave "
+                "resample_from and resample_to out (null) for 20 % to 80 % of the steps."
             )
         if not 0 <= self.proposal_share <= 1:
             raise ValueError(
