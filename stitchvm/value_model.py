@@ -182,7 +182,7 @@ class StitchedValueModel(nn.Module):
 
         Raises:
             FileNotFoundError: If there is no value model at `path_or_id`.
-            ValueError: If it was written in another format.
+            ValueError: If it was written in another format, or a file is damaged.
         """
         return _open(path_or_id)[1]
 
@@ -211,7 +211,9 @@ class StitchedValueModel(nn.Module):
 
 
 def _open(path_or_id: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder and the configuration of a saved value model."""
+    """Returns the folder and the configuration of a saved value model, whose weights are a whole file."""
+    from safetensors import SafetensorError, safe_open
+
     folder = resolve(str(path_or_id), allow_patterns=[CONFIG, WEIGHTS])
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -219,11 +221,22 @@ def _open(path_or_id: str | Path) -> tuple[Path, dict[str, Any]]:
                 f"{path_or_id} is not a value model: {name} is missing. Expected a folder written by "
                 "save_pretrained (`stitchvm fit` leaves one as value_model/ in its run folder)."
             )
-    config = json.loads((folder / CONFIG).read_text())
+    again = "copy or download the value model again, or save it anew"
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is not valid JSON ({error}): {again}") from error
     if config.get("format") != FORMAT:
         raise ValueError(
             f"{folder / CONFIG} has format {config.get('format')!r}; this version reads {FORMAT}"
         )
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt"):  # its header and length
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is no safetensors file, or only a part of one ({error}): {again}"
+        ) from error
     return folder, config
 
 

@@ -101,6 +101,20 @@ def test_not_a_value_model(tmp_path):
         StitchedValueModel.from_pretrained(tmp_path / "absent")
 
 
+def test_a_damaged_value_model_is_said_before_anything_is_loaded(model, tmp_path):
+    folder = model.save_pretrained(tmp_path / "value")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    for content in (b"", whole[:-5]):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors is no .* copy or download"):
+            StitchedValueModel.read(folder)
+    weights.write_bytes(whole)
+    config.write_text("{half")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        StitchedValueModel.read(folder)
+
+
 def test_wrong_weights_are_named(model, tmp_path):
     from safetensors.torch import load_file, save_file
 
