@@ -189,7 +189,7 @@ def latent_size(generator: Any, height: int | None, width: int | None) -> tuple[
     """Returns the latent height and width of images of a size in pixels; None for the model's own.
 
     Raises:
-        ValueError: If the size is no multiple of a token's.
+        ValueError: If the size is no multiple of a token's, or too large for the generator.
     """
     if height is None and width is None:
         return None
@@ -201,7 +201,9 @@ def latent_size(generator: Any, height: int | None, width: int | None) -> tuple[
             f"height {sides[0]} and width {sides[1]}: expected multiples of {step} for {generator.id}, such as "
             f"{near[0]} and {near[1]}."
         )
-    return sides[0] // generator.vae.factor, sides[1] // generator.vae.factor
+    size = sides[0] // generator.vae.factor, sides[1] // generator.vae.factor
+    generator.check_size(size)
+    return size
 
 
 @torch.no_grad()

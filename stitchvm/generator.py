@@ -166,6 +166,16 @@ class Generator(nn.Module):
             side = self.vae.network.config.sample_size // self.vae.factor
         return side, side
 
+    def check_size(self, latent_size: tuple[int, int]) -> None:
+        """Raises ValueError if latents of a height and width are larger than the table of positions."""
+        limit = self.transformer.config.get("pos_embed_max_size")  # FLUX computes its positions
+        if limit is not None and max(latent_size) > limit * self.patch:
+            given = [side * self.vae.factor for side in latent_size]
+            raise ValueError(
+                f"height {given[0]} and width {given[1]}: expected at most {limit * self.patch * self.vae.factor} pixels, "
+                f"the largest that {self.id} has position embeddings for."
+            )
+
     def sigmas(self, num_steps: int, latent_size: tuple[int, int] | None = None) -> Tensor:
         """Returns the levels 1 = σ_0 > … > σ_N = 0 of the pipeline itself, float32, with shape (num_steps + 1,).
 

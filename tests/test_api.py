@@ -213,6 +213,8 @@ def test_what_is_wrong_is_said(
         sample(method="guidance")
     with pytest.raises(ValueError, match="height 30 and width 30: expected multiples of 4"):
         sample(height=30)
+    with pytest.raises(ValueError, match="height 128 and width 8: expected at most 48 pixels"):
+        sample(height=128, width=8)
     with pytest.raises(ValueError, match="max_sequence_length = 7, but the generator has 12"):
         sample(max_sequence_length=7)
     with pytest.raises(ValueError, match="there are no prompts"):

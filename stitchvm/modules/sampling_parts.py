@@ -134,7 +134,7 @@ def latent_size(generator: Any, pixels: tuple[int, int] | None) -> tuple[int, in
     """Returns height and width of latents for images of a size, the generator's own by default.
 
     Raises:
-        ValueError: If the size is no multiple of a token's.
+        ValueError: If the size is no multiple of a token's, or too large for the generator.
     """
     if pixels is None:
         return generator.default_size
@@ -146,7 +146,9 @@ def latent_size(generator: Any, pixels: tuple[int, int] | None) -> tuple[int, in
             f"model.height = {pixels[0]}, model.width = {pixels[1]}: expected multiples of {step} for {generator.id}, "
             f"such as {near[0]} and {near[1]}."
         )
-    return pixels[0] // factor, pixels[1] // factor
+    size = pixels[0] // factor, pixels[1] // factor
+    generator.check_size(size)
+    return size
 
 
 def check_latent_space(value: nn.Module, generator: Any) -> None:
