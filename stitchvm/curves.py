@@ -140,8 +140,10 @@ def _scores(runs: Sequence[Any]) -> list[str]:
     names = [tag for tag in runs[0] if tag.startswith("val/") and not tag.startswith(NOT_SCORES)]
     names = [tag for tag in names if all(tag in scalars for scalars in runs)]
     if not names:
+        common = [tag for tag in runs[0] if all(tag in scalars for scalars in runs)]
         raise ValueError(
-            "the runs have no score of held-out prompts in common: name one of their tags with --metric."
+            "the runs have no score of held-out prompts in common: name one of their tags with --metric. They have "
+            f"{', '.join(common) or 'no tag in common'}."
         )
     return names
 

@@ -128,6 +128,9 @@ def test_what_is_refused(two, tmp_path, capsys):
     other = tmp_path / "other"
     write(other, 1000.0, {"val/aesthetic": {0: 1.0}})
     assert "no score of held-out prompts in common" in refused([run, str(other)], capsys)
+    losses = tmp_path / "losses"
+    write(losses, 1000.0, {"train/loss": {0: 2.0}})
+    assert "They have train/loss" in refused([str(losses)], capsys)
 
 
 def test_its_help_is_quick():
