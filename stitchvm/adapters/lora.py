@@ -155,7 +155,8 @@ class PolicyAdapters(Policy):
             if key.endswith("lora_A.weight"):
                 # as peft's "gaussian", but not from the global random state
                 generator = keyed_generator("lora", seed, key)
-                weight.copy_(torch.randn(weight.shape, generator=generator) / self.r)
+                a = torch.randn(weight.shape, generator=generator, device=generator.device)
+                weight.copy_(a / self.r)
             else:
                 weight.zero_()
         for name in self.copies:

@@ -69,6 +69,13 @@ class AlignmentParts:
         Raises:
             ValueError: If they do not go together.
         """
+        # Lightning makes the GPU the default device of new tensors here: what waits in CPU memory would be loaded
+        # there, levels that are read one by one would lie there
+        with torch.device("cpu"):
+            return cls._build(module, device, mesh)
+
+    @classmethod
+    def _build(cls, module: Alignment, device: torch.device, mesh: Any) -> AlignmentParts:
         parts = Parts(module.reward_factory, module.generator_factory)
         generator: Any = parts.generator
         generator.to(device)  # before a value borrows its weights

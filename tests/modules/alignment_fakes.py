@@ -39,8 +39,8 @@ class Curved(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
-        self.W = nn.Parameter(0.5 * torch.randn(3, 3, generator=generator))
-        self.b = nn.Parameter(torch.randn(3, generator=generator))
+        self.W = nn.Parameter(0.5 * torch.randn(3, 3, generator=generator, device="cpu"))
+        self.b = nn.Parameter(torch.randn(3, generator=generator, device="cpu"))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         mixed = torch.einsum("ij,bjhw->bihw", self.W, z)
