@@ -64,13 +64,18 @@ class DataModule(LightningDataModule):
         """Lists the images, once.
 
         Raises:
-            ValueError: If an argument is out of range, files are not where they should be, or too many are missing.
+            ValueError: If an argument is out of range, files are not where they should be, too many are missing, or
+                there are fewer than one batch.
         """
         check_arguments(self.resolution, self.batch_size, self.num_workers)
         if stage in (None, "fit", "validate") and not hasattr(self, "bad"):
             self.train_data, self.val_data = self.fit_data()
             self.bad = count_bad(self.train_data, self.max_bad_fraction)
         if stage == "fit" and self.trainer is not None:
+            # whether there is a batch is said now, before networks are loaded and validated
+            EpochSampler(
+                self._num_train(), self._train_batch_size(), self.seed, *ranks(self.trainer)
+            )
             callbacks = self.trainer.callbacks
             if not any(isinstance(callback, ConvertProgress) for callback in callbacks):
                 callbacks.insert(0, ConvertProgress(type(self).__qualname__, self._stream))

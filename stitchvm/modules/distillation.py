@@ -123,6 +123,18 @@ class StitchDistillation(LeanCheckpoint):
                 "noise_law is stratified over a batch, but an image's levels must not depend on its batch: leave "
                 "stratified out; the noise_levels of one image are always stratified"
             )
+        least = {
+            "lr": lr,
+            "stitch_lr_factor": stitch_lr_factor,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "lambda_tok": lambda_tok,
+            "lambda_emb": lambda_emb,
+            "lambda_sc": lambda_sc,
+        }
+        for name, number in least.items():
+            if not 0 <= number < float("inf"):
+                raise ValueError(f"{name} = {number}: expected a finite number of at least 0")
         self.stitch_point: tuple[int, int] | None = (
             (stitch_point[0], stitch_point[1]) if stitch_point is not None else None
         )
@@ -250,7 +262,7 @@ class StitchDistillation(LeanCheckpoint):
             total = self.trainer.estimated_stepping_batches
 
         def rate(step: int) -> float:
-            left = 1.0 if total == float("inf") else max(0.0, 1 - step / total)
+            left = 1.0 if total == float("inf") else max(0.0, 1 - step / max(1, total))
             return min(1.0, (step + 1) / max(1, self.warmup_steps)) * left
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -334,18 +346,37 @@ class StitchDistillation(LeanCheckpoint):
         return [ImagesPerSecond()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the stitch point."""
+        """Adds the stitch point, and which backbone and reward it is in."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["stitch_point"] = list(self.stitch_point or ())
+        checkpoint["fingerprints"] = self._fingerprints()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint is of this stitch point."""
+        """Checks that the checkpoint is of this stitch point, backbone and reward."""
         if tuple(checkpoint["stitch_point"]) != self.stitch_point:
             raise ValueError(
                 f"the checkpoint was made at (i, j) = {tuple(checkpoint['stitch_point'])}, this run is at "
                 f"{self.stitch_point}: set model.stitch_point to {checkpoint['stitch_point']}"
             )
+        own = self._fingerprints()
+        saved = checkpoint.get("fingerprints", own)  # the first versions' checkpoints have none
+        if differing := [name for name in own if saved[name] != own[name]]:
+            raise ValueError(
+                f"the checkpoint is of another {' and '.join(differing)} than this run's "
+                f"{' and '.join(self._names()[name] for name in differing)}: use the config.yaml beside it, or choose "
+                "another folder with --trainer.default_root_dir and start without --ckpt_path"
+            )
         super().on_load_checkpoint(checkpoint)
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Which weights the stitch is between, in plain data; taken before they were sharded."""
+        return {
+            name: self.value_model_config[name]["fingerprint"] for name in ("backbone", "reward")
+        }
+
+    def _names(self) -> dict[str, str]:
+        assert self.value_model is not None
+        return {"backbone": self.value_model.backbone.id, "reward": self.teacher.id}
 
     def on_train_end(self) -> None:
         """Leaves the value model as a folder that `StitchedValueModel.from_pretrained` reads."""

@@ -123,6 +123,9 @@ def test_the_loss_falls(config):
         ({"objective": "aesthetic"}, "reads no text"),
         ({"lambda_sc": 0.5}, "lambda_sc = 0.5"),
         ({"noise_law": STRATIFIED}, "stratified"),
+        ({"lr": -1e-3}, "lr = -0.001: expected a finite number of at least 0"),
+        ({"warmup_steps": -4}, "warmup_steps = -4"),
+        ({"lambda_tok": -1.0}, "lambda_tok = -1.0"),
     ],
 )
 def test_wrong_settings_end_at_once_with_one_message(config, capsys, change, expected):
@@ -149,3 +152,39 @@ def test_checkpoint_of_another_stitch_point_is_refused(config, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(other), "--ckpt_path", str(root / "checkpoints/last.ckpt")])
     assert "model.stitch_point" in message(capsys)
+
+
+def test_checkpoint_of_another_reward_is_refused_and_its_value_model_stays(config, capsys):
+    path, root = config(trainer={"max_steps": 2})
+    main(["fit", "--config", str(path)])
+    before = (root / "value_model/model.safetensors").read_bytes()
+    state = runs.checkpoint(root)
+    assert sorted(state["fingerprints"]) == ["backbone", "reward"]
+    state["fingerprints"]["reward"] = "0" * 16  # as if another had been stitched
+    last = root / "checkpoints/last.ckpt"
+    torch.save(state, last)
+    words = ["--ckpt_path", "last", "--trainer.max_steps=3"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(path), *words])
+    assert exit_.value.code == 1 and "of another reward than this run's" in message(capsys)
+    assert (root / "value_model/model.safetensors").read_bytes() == before
+    del state["fingerprints"]  # of a version that wrote none
+    torch.save(state, last)
+    main(["fit", "--config", str(path), *words])
+    assert (root / "value_model/model.safetensors").read_bytes() != before
+
+
+def test_no_steps_are_no_error(config):
+    path, root = config(trainer={"max_steps": 0}, decay="linear")
+    main(["fit", "--config", str(path)])
+    assert not (root / "checkpoints").exists()
+
+
+def test_a_batch_larger_than_the_data_is_said_before_networks_are_loaded(config, capsys):
+    path, root = config(stitch_point=None, data={"batch_size": 100})
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path)])
+    assert "fewer than one global batch of 100" in message(capsys)
+    assert not (root / "search.json").exists()  # not even stage 1 has run
+    main(["search", "--config", str(path)])  # which trains on none
+    assert (root / "search.json").exists()
