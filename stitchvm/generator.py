@@ -172,8 +172,8 @@ class Generator(nn.Module):
         if limit is not None and max(latent_size) > limit * self.patch:
             given = [side * self.vae.factor for side in latent_size]
             raise ValueError(
-                f"height {given[0]} and width {given[1]}: expected at most {limit * self.patch * self.vae.factor} pixels, "
-                f"the largest that {self.id} has position embeddings for."
+                f"height {given[0]} and width {given[1]}: expected at most {limit * self.patch * self.vae.factor} "
+                f"pixels, the largest that {self.id} has position embeddings for."
             )
 
     def sigmas(self, num_steps: int, latent_size: tuple[int, int] | None = None) -> Tensor:

@@ -7,8 +7,10 @@ Differences from the stock one: only the asked command's parser is built; `searc
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -26,14 +28,23 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from stitchvm.interruption import exit_code
-from stitchvm.modules.checkpoint_io import LeanCheckpointIO
+from stitchvm.modules.checkpoint_io import LeanCheckpointIO, check_checkpoint_file
 
 # Lightning 2.6 calls parser methods that jsonargparse renames in 5.0; users can do nothing about it
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 __all__ = ["StitchCLI", "StitchTrainer", "run"]
+
+# what a module must define for a command, and a configuration that does
+HOOKS = {
+    "fit": (("training_step",), "configs/distill_world.yaml"),
+    "validate": (("validation_step",), "configs/distill_world.yaml"),
+    "test": (("test_step",), "configs/eval_world.yaml"),
+    "predict": (("predict_step", "forward"), "configs/plain_world.yaml"),
+}
 
 
 class StitchTrainer(Trainer):
@@ -51,7 +62,9 @@ class StitchTrainer(Trainer):
         self.state.fn, self.state.status = TrainerFn.FITTING, TrainerStatus.RUNNING
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
-        datamodule.setup("fit")
+        datamodule.setup(
+            "validate"
+        )  # its images are held out; of those to train on there may be few
         from stitchvm.search import CRITERIA
         from stitchvm.tables import records_to_text
 
@@ -74,12 +87,42 @@ def condensed(message: str) -> str:
         "- Expected a <class 'NoneType'>",
     )
     kept: list[str] = []
-    for line in message.splitlines():
+    lines = message.splitlines()
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
         if line.strip().startswith("Given value"):
+            if "Given value:" in after and len(after) < 100:
+                kept.append(after.strip().replace("Given value:", "Got value:"))
             break
         if line.strip() and not line.strip().startswith(noise):
             kept.append(line.strip().removeprefix("- "))
     return "\n  ".join(kept) or message
+
+
+def did_you_mean(
+    message: str, error: BaseException | None, parser: argparse.ArgumentParser
+) -> str:
+    """Returns what an unknown option may have been meant to be, or the options there are; "" of other errors."""
+    if found := re.match(r"unrecognized arguments: --([\w.]+)", message):
+        root, _, rest = found[1].partition(".")
+        known = {word[2:] for action in parser._actions for word in action.option_strings}
+        roots = {word.partition(".")[0] for word in known} - {"help"}
+        if root in roots:
+            near = difflib.get_close_matches(found[1], known, n=1)
+        else:
+            near = [f"{n}.{rest}".strip(".") for n in difflib.get_close_matches(root, roots, n=1)]
+        return f"; did you mean --{near[0]}?" if near else ""
+    found = re.fullmatch(r"Option '([\w.]+)' is not accepted", message)
+    if found is None or error is None:
+        return ""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    inner: argparse.ArgumentParser = parser  # the class's own, deepest in the trace
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        inner = next((x for x in frame.f_locals.values() if isinstance(x, StitchParser)), inner)
+    known = {action.dest for action in inner._actions} - {"help"}
+    if near := difflib.get_close_matches(found[1], known, n=1):
+        return f"; did you mean '{near[0]}'?"
+    return f"; expected one of {', '.join(sorted(known))}"
 
 
 class StitchParser(LightningArgumentParser):
@@ -89,7 +132,8 @@ class StitchParser(LightningArgumentParser):
         """Prints the innermost part of an error and exits with code 2."""
         if os.environ.get("JSONARGPARSE_DEBUG") and ex is not None:
             raise ex
-        sys.stderr.write(f"stitchvm: error: {condensed(str(message))}\n")
+        hint = did_you_mean(str(message), ex, self)
+        sys.stderr.write(f"stitchvm: error: {condensed(str(message))}{hint}\n")
         sys.stderr.write(
             "(all options: stitchvm COMMAND --help; the trace: JSONARGPARSE_DEBUG=1)\n"
         )
@@ -145,14 +189,19 @@ class StitchCLI(LightningCLI):
         """What `--print_cost` asks for: "measure" or "count"."""
         return self.config[self.subcommand].get("print_cost")
 
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: checkpoints hold no hyperparameters, for which Lightning would read the whole file."""
+
     def before_instantiate_classes(self) -> None:
-        """Refuses a folder that holds an earlier run, before anything is built."""
+        """Refuses a checkpoint that is none, and a folder that holds an earlier run, before anything is built."""
+        config = self.config[self.subcommand]
+        folder = Path(config.trainer.default_root_dir or ".")
+        _check_checkpoint(config.get("ckpt_path"))
+        _check_folder(str(config.trainer.default_root_dir or "."))
         if self.subcommand not in ("fit", "search") or self.prints_cost:
             return
-        config = self.config[self.subcommand]
         if config.trainer.fast_dev_run or config.get("ckpt_path"):
             return
-        folder = Path(config.trainer.default_root_dir or ".")
         left = "search.json" if self.subcommand == "search" else "checkpoints"
         if (folder / left).exists():
             how = (
@@ -166,10 +215,24 @@ class StitchCLI(LightningCLI):
             )
 
     def after_instantiate_classes(self) -> None:
-        """Hands the composed configuration to modules that write it beside their results."""
+        """Refuses a module of another command; hands the configuration to modules that keep it with their results."""
+        self._check_command()
         if hasattr(self.model, "run_config"):
             self._dump_config()
             self.model.run_config = yaml.safe_dump(self.config_dump)
+
+    def _check_command(self) -> None:
+        """Raises ValueError if the module does not define what the command runs."""
+        takes = [
+            name
+            for name, (hooks, _) in HOOKS.items()
+            if any(is_overridden(hook, self.model, LightningModule) for hook in hooks)
+        ]
+        if self.subcommand in HOOKS and self.subcommand not in takes:
+            raise ValueError(
+                f"`stitchvm {self.subcommand}` cannot run {type(self.model).__name__}, which is for "
+                f"{' and '.join(takes)}: give it a config such as {HOOKS[self.subcommand][1]}"
+            )
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the command; of an interrupted one says how to go on, and exits as shells expect."""
@@ -203,10 +266,40 @@ class StitchCLI(LightningCLI):
             kwargs["logger"] = False
         if self.subcommand != "fit":
             self.save_config_callback = None
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:  # Lightning has no one class for wrong settings
+            if _ours(error):
+                raise
+            raise MisconfigurationException(str(error)) from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             trainer.strategy.checkpoint_io = LeanCheckpointIO()
         return trainer
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Raises an error if `path` is a local path without a whole checkpoint; words such as "last" are Lightning's."""
+    if path is None or "://" in path or path.startswith(("last", "best", "hpc", "registry")):
+        return
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"--ckpt_path {path}: no such file; expected a checkpoint such as RUN/checkpoints/last.ckpt, or `last`"
+        )
+    if Path(path).is_file():
+        check_checkpoint_file(path)
+
+
+def _check_folder(folder: str) -> None:
+    """Raises an error if nothing can be written into `folder`, which need not be there yet."""
+    if "://" in folder:
+        return
+    path = Path(folder).absolute()
+    there = next(above for above in (path, *path.parents) if above.exists())
+    what = "a file" if not there.is_dir() else "read-only for you"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{there} is {what}: a run needs a folder to write into; choose another with --trainer.default_root_dir"
+        )
 
 
 def quiet() -> None:
@@ -236,7 +329,8 @@ def run(argv: list[str]) -> None:
         wrapped = str(error).startswith(
             "Does not validate against"
         )  # by the parser, while building
-        if os.environ.get("STITCHVM_DEBUG") or not (wrapped or _ours(error)):
+        named = isinstance(error, OSError) and error.filename is not None  # a full disk, no rights
+        if os.environ.get("STITCHVM_DEBUG") or not (wrapped or named or _ours(error)):
             raise
         message = condensed(str(error)) if wrapped else str(error)
         print(f"stitchvm: error: {message}", file=sys.stderr)
@@ -252,7 +346,8 @@ def run(argv: list[str]) -> None:
 
 
 def _ours(error: BaseException) -> bool:
-    """Whether the error was raised by this package: then its message says cause and remedy."""
+    """Whether the error was raised by this package, or by Lightning about `ckpt_path`: then its message is enough."""
     frames = traceback.extract_tb(error.__traceback__)
     package = Path(__file__).parent
-    return bool(frames) and package in Path(frames[-1].filename).parents
+    last = Path(frames[-1].filename) if frames else Path()
+    return package in last.parents or last.name == "checkpoint_connector.py"

@@ -56,6 +56,55 @@ def test_a_trainer_that_cannot_be_is_one_message(capsys, tmp_path):
     assert "Traceback" not in error
 
 
+DISTIL, PLAIN = "configs/distill_world.yaml", "configs/plain_world.yaml"
+PROMPTS = "stitchvm.data.prompts.Prompts"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fit", DISTIL, "--trainer.devices=-3"], "should be an int > 0"),
+        (["fit", DISTIL, "--trainer.accelerator=tpuu"], "invalid accelerator name"),
+        (["fit", DISTIL, "--trainer.strategy=dpp"], "invalid strategy name"),
+        (["fit", DISTIL, "--model.lrr=1"], "Option 'lrr' is not accepted; did you mean 'lr'?"),
+        (["fit", DISTIL, "--data.roots=x"], "Option 'roots' is not accepted; expected one of"),
+        (["fit", DISTIL, "--modle.lr=1"], "did you mean --model.lr?"),
+        (["fit", DISTIL, "--trainer.max_stops=1"], "did you mean --trainer.max_steps?"),
+        (["predict", PLAIN, f"--data={PROMPTS}", "--data.prompts=a dog"], "Got value: a dog"),
+        (["test", DISTIL], "`stitchvm test` cannot run StitchDistillation, which is for fit and"),
+        (["predict", DISTIL], "give it a config such as configs/plain_world.yaml"),
+        (["validate", PLAIN], "cannot run Sampling, which is for predict"),
+        (["fit", PLAIN], "give it a config such as configs/distill_world.yaml"),
+        (["fit", DISTIL, "--ckpt_path=nowhere.ckpt"], "--ckpt_path nowhere.ckpt: no such file"),
+        (["fit", DISTIL, "--ckpt_path=best"], "not configured to save the best model"),
+        (["predict", PLAIN, "--ckpt_path=README.md"], "README.md is not a checkpoint"),
+        (["fit", DISTIL, "--model.lr=-1"], "lr = -1.0: expected a finite number of at least 0"),
+    ],
+)
+def test_a_careless_command_is_one_message(capsys, tmp_path, words, expected):
+    command, config, *flags = words
+    root = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_:  # any other exception would be a trace
+        main([command, "--config", config, f"--trainer.default_root_dir={root}", *flags])
+    error = capsys.readouterr().err
+    assert exit_.value.code in (1, 2)
+    assert "stitchvm: error: " in error and expected in error
+    assert not (root / "checkpoints").exists() and not (root / "images").exists()
+
+
+@pytest.mark.parametrize("command", [("fit", DISTIL), ("predict", PLAIN), ("search", DISTIL)])
+def test_a_run_folder_that_cannot_be_is_said_before_the_work(capsys, tmp_path, command):
+    (tmp_path / "file").write_text("mine")
+    name, config = command
+    for root in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit) as exit_:
+            main([name, "--config", config, f"--trainer.default_root_dir={root}"])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 1
+        assert f"{tmp_path / 'file'} is a file" in error and "--trainer.default_root_dir" in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.filterwarnings("ignore:.*args parameter is intended to run from within Python.*")
 @pytest.mark.parametrize(
     ("flags", "expected"),

@@ -19,7 +19,7 @@ import fsspec
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["LeanCheckpointIO"]
+__all__ = ["LeanCheckpointIO", "check_checkpoint_file"]
 
 
 class LeanCheckpointIO(TorchCheckpointIO):
@@ -51,13 +51,28 @@ class LeanCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If there is none.
+            ValueError: If the file is none, or a part of one.
         """
-        if not _local(path) or not zipfile.is_zipfile(path):
+        if not _local(path) or not Path(path).is_file():
+            return super().load_checkpoint(path, map_location, weights_only)
+        check_checkpoint_file(path)
+        if not zipfile.is_zipfile(path):
             return super().load_checkpoint(path, map_location, weights_only)
         checkpoint: dict[str, Any] = torch.load(
             path, map_location=map_location, weights_only=weights_only, mmap=True
         )
         return checkpoint
+
+
+def check_checkpoint_file(path: str | Path) -> None:
+    """Raises ValueError if a file is neither of PyTorch's formats to its end; reads a few bytes of it."""
+    with open(path, "rb") as file:
+        old = file.read(2) == b"\x80\x02"  # before zip files: a pickle
+    if not old and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is not a checkpoint, or only a part of one ({Path(path).stat().st_size} bytes): expected a file "
+            "that a run has left, such as RUN/checkpoints/last.ckpt; give another with --ckpt_path"
+        )
 
 
 def _local(path: str | Path) -> bool:

@@ -108,3 +108,12 @@ def test_other_file_systems_go_lightning_s_way() -> None:
 def test_a_path_without_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
         LeanCheckpointIO().load_checkpoint(tmp_path / "nothing.ckpt")
+
+
+def test_what_is_no_checkpoint_or_half_of_one_is_said_without_a_trace(tmp_path: Path) -> None:
+    torch.save(checkpoint(5), tmp_path / "whole.ckpt")
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    for content in (b"", b"# a text", whole[:-50]):
+        (tmp_path / "bad.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"bad\.ckpt is not a .* \({len(content)} bytes\)"):
+            LeanCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
