@@ -100,6 +100,8 @@ class ValueEvaluation(LightningModule):
             raise ValueError("there is nothing to measure: give estimators, or set clean to true.")
         if "clean" in estimators:
             raise ValueError('"clean" names the clean reward: give the estimator another name.')
+        if "truth" in estimators:  # its roll-outs would be those of the truth, noise for noise
+            raise ValueError('"truth" names Monte Carlo truth: give the estimator another name.')
         if truth_images and (truth_rollouts < 2 or truth_rollouts % 2):
             raise ValueError(
                 f"truth_rollouts = {truth_rollouts}: expected an even number, at least 2."
@@ -226,9 +228,9 @@ class ValueEvaluation(LightningModule):
         for sigma in self.sigmas:
             z_t, t = self._noised(z_0, sigma, batch["index"])
             truth = self._truth(z_t, t, sigma, texts, batch["index"], stride)
-            for name, value in self.values.items():
-                image = self._embed(name, z_t, t, sigma, texts, batch["index"])
-                score = self._score(name, value.score, image, texts)
+            for name in self.values:
+                image, scorer = self._embed(name, z_t, t, sigma, texts, batch["index"])
+                score = self._score(name, scorer, image, texts)
                 board.add((name, sigma), image, score, texts, batch, reference, truth)
 
     def on_test_epoch_end(self) -> None:
@@ -270,12 +272,17 @@ class ValueEvaluation(LightningModule):
 
     def _embed(
         self, name: str, z_t: Tensor, t: Tensor, sigma: float, texts: Texts, index: Tensor
-    ) -> Tensor:
-        """Returns embeddings (B, E): averages as they are, all others with unit length."""
+    ) -> tuple[Tensor, Scorer]:
+        """Returns embeddings (B, E): averages as they are, all others with unit length; and what scores them."""
         value = self.values[name]
         random = self._generators(name, sigma, index)
+        scorer: Scorer = value.score
         start = self._clock()
-        image = value.embed(z_t, t, prompts=texts.prompts, generator=random).float()
+        if isinstance(value, MonteCarloValue) and not value.scores_averages:
+            each = value.embeddings(z_t, t, prompts=texts.prompts, generator=random)
+            image, scorer = each.mean(dim=0), lambda _, text: value.score_each(each, text)
+        else:
+            image = value.embed(z_t, t, prompts=texts.prompts, generator=random).float()
         self.seconds[name] += self._clock() - start
         self.calls[name] += len(z_t)
         bad = ~torch.isfinite(image).all(dim=-1)
@@ -284,7 +291,7 @@ class ValueEvaluation(LightningModule):
                 f"the estimator {name!r} is not finite at sigma = {sigma} for the images with index "
                 f"{index[bad].tolist()[:5]}: check its weights and precision."
             )
-        return image if value.averages else normalize(image, dim=-1)
+        return image if value.averages else normalize(image, dim=-1), scorer
 
     def _clock(self) -> float:
         if self.device.type == "cuda":

@@ -211,7 +211,15 @@ class MonteCarloValue(Value):
         text: Tensor | None,
         generator: Generators,
     ) -> Tensor:
-        each = self.embeddings(z_t, t, prompts=prompts, generator=generator)
+        return self.score_each(self.embeddings(z_t, t, prompts=prompts, generator=generator), text)
+
+    @property
+    def scores_averages(self) -> bool:
+        """Whether the value is a function of the average embedding, so that `score` can be called."""
+        return self.reward.affine and self.reduction == "mean"
+
+    def score_each(self, each: Tensor, text: Tensor | None = None) -> Tensor:
+        """Returns values with shape (B,) from what `embeddings` returned and text embeddings (B, E)."""
         lines = None if text is None else text.repeat(len(each), 1)
         return self.reduced(self.reward.score(each.flatten(0, 1), lines))
 

@@ -45,11 +45,10 @@ def value_and_terms(bound: BoundValue, z_t: Tensor, t: Tensor) -> Scored:
         prompts, text = match(bound.prompts, bound.text, len(z_t))
         if isinstance(value, MonteCarloValue):  # each roll-out is scored, as the bound value does
             each = value.embeddings(z_t, t, prompts=prompts, generator=bound.generator)
-            image = each.flatten(0, 1)
             lines = None if text is None else text.repeat(len(each), 1)
-            scores = reward.part_scores(image.detach(), lines)
+            scores = reward.part_scores(each.detach().flatten(0, 1), lines)
             terms = {name: value.reduced(score) for name, score in scores.items()}
-            return _scored(value.reduced(reward.score(image, lines)), terms, reward)
+            return _scored(value.score_each(each, text), terms, reward)
         image = value.embed(z_t, t, prompts=prompts, generator=bound.generator)
         terms = reward.part_scores(image.detach(), text)
         return _scored(value.score(image, text), terms, reward)

@@ -10,10 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 
 from stitchvm.data.base import collate
 from stitchvm.modules.evaluation import ValueEvaluation
 from stitchvm.modules.tasks import TASKS
+from stitchvm.path import FlowPath
+from stitchvm.randomness import keyed_generator, keyed_normal
 from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.base import Value
 from stitchvm.values.monte_carlo import MonteCarloFactory
@@ -21,6 +24,7 @@ from stitchvm.values.parts import Parts, ValueFactory
 from stitchvm.values.terminal import TerminalValue
 from stitchvm.values.tweedie import TweedieFactory
 from tests.values.fakes import (
+    BentReward,
     ClosedFormReward,
     FakeReward,
     IdentityVAE,
@@ -160,10 +164,6 @@ def test_the_clean_score_and_the_noise_are_what_they_should_be(tmp_path: Path) -
     module = run(tmp_path, data, sigmas=[0.5], seed=3)
     reward = FakeReward(uses_text=False)
     pixels = torch.stack([s["pixels"] for s in data.samples])
-    from torchmetrics.functional import spearman_corrcoef
-
-    from stitchvm.randomness import keyed_normal
-
     target = torch.tensor([s["score"] for s in data.samples])
     clean = spearman_corrcoef(reward(pixels), target)
     assert value(module.records, "aesthetic/srcc", None) == pytest.approx(float(clean), abs=1e-6)
@@ -225,8 +225,6 @@ def test_truth_ranks_monte_carlo_above_tweedie(tmp_path: Path) -> None:
     assert value(records, "aesthetic/srcc", None) == pytest.approx(1)
 
     # the same errors from the closed form, for the images that were chosen
-    from stitchvm.path import FlowPath
-    from stitchvm.randomness import keyed_normal
 
     world = mixture()
     z_0 = torch.stack([s["pixels"] for s in WorldData().samples])[::2]
@@ -248,6 +246,33 @@ def test_truth_ranks_monte_carlo_above_tweedie(tmp_path: Path) -> None:
     assert value(other.records, "truth/rmse", 0.75, "tweedie") != value(
         records, "truth/rmse", 0.75, "tweedie"
     )
+
+
+def test_roll_outs_are_scored_one_by_one_where_no_average_can_be(tmp_path: Path) -> None:
+    estimators = {
+        "mean": MonteCarloFactory(rollouts=4, steps=3),
+        "soft": MonteCarloFactory(rollouts=4, steps=3, reduction="log_mean_exp"),
+    }
+    options = {"sigmas": [0.6], "truth_images": 30, "truth_rollouts": 4, "truth_steps": 3}
+    module = run(
+        tmp_path,
+        WorldData(),
+        estimators,
+        reward=lambda: BentReward(known()),
+        generator=lambda: WorldGenerator(mixture()),
+        vae=None,
+        plot=False,
+        **options,
+    )
+    z_0 = torch.stack([s["pixels"] for s in WorldData().samples])
+    eps = keyed_normal([(0, "noise", i, "0.6") for i in range(60)], (2, 1, 1))
+    z_t, t = FlowPath.interpolate(z_0, eps, 0.6), torch.full((60,), 0.6)
+    target = torch.tensor([s["score"] for s in WorldData().samples])
+    for name, estimator in module.values.items():
+        streams = [keyed_generator(0, name, i, "0.6") for i in range(60)]
+        expected = spearman_corrcoef(estimator.bind(generator=streams)(z_t, t), target)
+        found = value(module.records, "aesthetic/srcc", 0.6, name)
+        assert found == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_several_benchmarks_are_kept_apart(tmp_path: Path, capsys) -> None:
@@ -274,6 +299,7 @@ def test_bad_input_ends_with_a_message(tmp_path: Path) -> None:
         ({"sigmas": [0.0]}, r"noise levels in \(0, 1\]"),
         ({"sigmas": [0.5, 0.5]}, "distinct"),
         ({"estimators": {"clean": NoisyFactory()}}, "another name"),
+        ({"estimators": {"truth": NoisyFactory()}}, "names Monte Carlo truth"),
         ({"estimators": {}, "clean": False}, "nothing to measure"),
         ({"truth_images": 3}, "give a generator"),
         ({"truth_images": 3, "truth_rollouts": 5}, "even number"),

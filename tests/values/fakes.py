@@ -150,6 +150,15 @@ class ClosedFormReward(FakeReward):
         return score if text is None else score * text[:, 0]
 
 
+class BentReward(ClosedFormReward):
+    """A reward that is not affine in its embedding."""
+
+    affine = False
+
+    def score(self, image: Tensor, text: Tensor | None = None) -> Tensor:
+        return super().score(image, text).square()
+
+
 def mixture(channels: int = 2) -> MixtureWorld:
     """Returns two modes of different width with event shape (channels, 1, 1)."""
     means = torch.tensor([[1.5, -0.5], [-1.0, 1.0]])[:, :channels, None, None]

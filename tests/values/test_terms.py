@@ -12,6 +12,7 @@ from stitchvm.values.terminal import TerminalValue
 from stitchvm.values.terms import value_and_terms
 from stitchvm.values.weighted import WeightedValue
 from tests.values.fakes import (
+    BentReward,
     ClosedFormReward,
     FakeReward,
     IdentityVAE,
@@ -69,19 +70,10 @@ def test_a_single_value_has_no_terms():
     assert torch.equal(found.value, bound(Z, T)) and found.terms == {}
 
 
-class Bent(ClosedFormReward):
-    """A reward that is not affine in its embedding."""
-
-    affine = False
-
-    def score(self, image, text=None):
-        return super().score(image, text).square()
-
-
 @pytest.mark.parametrize("reduction", ["mean", "log_mean_exp"])
 def test_terms_of_roll_outs_are_those_of_each_of_them(reduction):
     """A reward that is not affine, and a log-mean-exp, are no functions of the average embedding."""
-    parts = {"a": Bent(known()), "b": ClosedFormReward(known())}
+    parts = {"a": BentReward(known()), "b": ClosedFormReward(known())}
 
     def bound(reward):
         value = MonteCarloValue(
