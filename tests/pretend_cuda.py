@@ -170,7 +170,7 @@ class _Functions(TorchFunctionMode):
                 return torch.tensor(*args[1:], **kwargs)
             if func is Tensor.numpy:
                 raise TypeError("can't convert cuda:0 device type tensor to numpy.")
-            if func is Tensor.to and "meta" in (str(x) for x in (*args[1:], *kwargs.values())):
+            if func is Tensor.to and _is_meta(*args[1:2], kwargs.get("device")):
                 return args[0].held.to(META)
         args, kwargs, meant = _devices(func, args, kwargs)
         if not meant:
@@ -182,6 +182,11 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.operations.on = True
+
+
+def _is_meta(*places: Any) -> bool:
+    names = [x for x in places if isinstance(x, (str, torch.device))]
+    return any(torch.device(name) == META for name in names)
 
 
 def _places(index: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,32 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from stitchvm.adapters.lora import PolicyAdapters
+from stitchvm.backbones.flux import FluxBackbone
+from stitchvm.backbones.sd3 import SD3Backbone
+from stitchvm.generator import Generator
+from stitchvm.modules.sample_lines import trajectories
+from stitchvm.path import FlowPath
+from stitchvm.rewards.clip import CLIPReward
+from stitchvm.samplers.base import Sampler, value_streams
+from stitchvm.samplers.best_of_n import BestOfN
+from stitchvm.samplers.field import Field
+from stitchvm.samplers.fk import FKSteering
+from stitchvm.samplers.guidance import GuidedSampler
+from stitchvm.samplers.plain import PlainSampler
+from stitchvm.samplers.svdd import SVDD
+from stitchvm.schedule import CenterBiased, Fixed, LogitNormal, Uniform
+from stitchvm.values.base import Value
+from stitchvm.values.monte_carlo import MonteCarloFactory
+from stitchvm.values.parts import Parts, ValueFactory
+from stitchvm.values.stitched import StitchedFactory
+from stitchvm.values.terminal import TerminalFactory
+from stitchvm.values.tweedie import TweedieFactory
+from stitchvm.values.weighted import Term, WeightedFactory, measured_constants
+from tests.modules.sampling_runs import value_model
 from tests.pretend_cuda import back, pretend_cuda
 from tests.tiny import SD3_CONFIG
+
+PROMPTS = ["a red circle", "a blue square"]
 
 
 def mixed(cpu: torch.Tensor, gpu: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -88,3 +114,143 @@ def test_adapters_are_the_same_where_the_gpu_is_the_default_device() -> None:
         assert {p.device.type for p in there.values()} == {"cuda"}
         for key, value in back(there).items():
             assert torch.equal(value, here[key]), key
+
+
+def both(work: Callable[[str], Any], rtol: float = 1e-3, atol: float = 1e-4) -> None:
+    """Requires work on a device, nested tensors and numbers, to give the same there as on the CPU."""
+    torch.manual_seed(0)
+    here = back(work("cpu"))
+    torch.manual_seed(0)
+    with pretend_cuda():
+        there = back(work("cuda"))
+    torch.testing.assert_close(there, here, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def test_path_and_schedule() -> None:
+    def work(device: str) -> Any:
+        z, eps = torch.randn(2, 2, 4, 1, 1).to(device).unbind()
+        u, path = z - eps, FlowPath()
+        found: list[Any] = []
+        for t in (0.5, torch.tensor(0.5), torch.tensor([0.1, 0.2, 0.5, 0.9])[:2].to(device)):
+            for name in ("denoise", "noise", "score", "velocity_from_denoised", "interpolate"):
+                found.append(getattr(path, name)(z, u, t))
+            bridge = path.bridge(0.05 if isinstance(t, float) else 0.1 * t, t)
+            found.append([bridge.anchor_weight, bridge.d_sigma])
+            found.append(bridge.interpolate(z, eps))
+        generator = torch.Generator(device).manual_seed(0)
+        for law in (Uniform(stratified=True), CenterBiased(), LogitNormal(), Fixed()):
+            drawn = law.sample(4, generator, device=device)
+            assert drawn.device.type == law.sample(4, generator).device.type == device
+            found.append(drawn)
+        return found
+
+    both(work)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_networks(family: str, request: pytest.FixtureRequest) -> None:
+    """A backbone of its own, the generator with guidance, and the VAE, forwards and backwards."""
+    folder = str(request.getfixturevalue(f"tiny_{family}"))
+
+    def work(device: str) -> Any:
+        cls = SD3Backbone if family == "sd3" else FluxBackbone
+        backbone = cls(folder, dtype="float32", null_tokens=4).to(device)
+        generator = Generator(folder, text_tokens=12, guidance_scale=3.5).to(device)
+        z = torch.randn(2, generator.latent_channels, 8, 8).to(device).requires_grad_()
+        t = torch.tensor([0.3, 0.8], device=device)
+        h = backbone(z, t, 2)
+        found = [h, backbone.suffix(backbone.advance(backbone.prefix(z, t, 2)))]
+        cond = generator.encode_prompts(PROMPTS)
+        assert cond.tokens.device.type == device
+        state = generator.null_branch().prefix(z, t, 2)
+        if generator.runs_null_branch():
+            found += generator.velocity_parts(z, t, cond, prefix=state)
+        found.append(generator.velocity(z, t, cond))
+        noise = torch.Generator(device).manual_seed(0)
+        pixels = generator.vae.decode(z)
+        found += [pixels, generator.vae.encode(pixels, noise, sample=True)]
+        found.append(generator.sigmas(3, (8, 8)))
+        return [*found, torch.autograd.grad(sum(x.sum() for x in found[:-1]), z)[0]]
+
+    both(work)
+
+
+@pytest.fixture(scope="module")
+def value_folder(tiny_sd3: Path, tiny_clip: Path, tmp_path_factory: Any) -> str:
+    """Returns a value model on the first two blocks of the tiny SD3."""
+    return str(value_model(tiny_sd3, tiny_clip, tmp_path_factory.mktemp("value")))
+
+
+@pytest.fixture
+def on(tiny_sd3: Path, tiny_clip: Path, value_folder: str) -> Callable[[str], Any]:
+    """Returns what builds a generator and values on a device."""
+
+    def built(device: str) -> tuple[Generator, dict[str, Value]]:
+        generator = Generator(str(tiny_sd3), text_tokens=12, guidance_scale=3.5)
+        parts = Parts(lambda: CLIPReward(model=f"local-dir:{tiny_clip}"), lambda: generator)
+        generator.to(device)
+        tweedie = TweedieFactory(velocity="cfg")
+        shared = StitchedFactory(value_folder, share_generator=True)
+        factories: dict[str, ValueFactory] = {
+            "shared": shared,
+            "stitched": StitchedFactory(value_folder),
+            "vae_tweedie": TweedieFactory(checkpointing=True),
+            "tweedie": tweedie,
+            "monte_carlo": MonteCarloFactory(2, 2, use_prompts=True),
+            "terminal": TerminalFactory(),
+            "sum": WeightedFactory({"a": Term(shared), "b": Term(tweedie, 0.5)}),
+        }
+        return generator, {k: make(parts).to(device) for k, make in factories.items()}
+
+    return built
+
+
+def test_values(on: Callable[[str], Any]) -> None:
+    """Every estimator, bound to prompts, as `Field` asks it, with its gradient."""
+
+    def work(device: str) -> Any:
+        generator, values = on(device)
+        z = torch.randn(3, 4, 8, 8).to(device)
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            level = torch.tensor(0.0 if name == "terminal" else 0.6)
+            bound = value.bind(PROMPTS, generator=value_streams([0, 1]))
+            field = Field(generator, PROMPTS, None, bound)
+            row = torch.tensor([0, 0, 1])
+            found[name] = field.value(z, level, row)[0]
+            if name != "monte_carlo":
+                v, gradient, left = field.value_gradient(z, level, row)
+                found[name] = found[name], v, gradient
+                field.velocity(z, level, row, left)
+            field.bound.select(row.to(device))
+        spread = measured_constants(values["sum"], z, torch.tensor([0.6], device=device), [""])
+        return found, spread
+
+    both(work)
+
+
+SAMPLERS: dict[str, tuple[str, Callable[..., Sampler]]] = {
+    "plain": ("", PlainSampler),
+    "exact": ("shared", partial(GuidedSampler, mode="exact")),
+    "cfg_rms": ("tweedie", partial(GuidedSampler, mode="cfg_rms", micro_batch=1)),
+    "fk": ("shared", partial(FKSteering, 2, 2, resample_every=1, ess_threshold=0.9)),
+    "fk_sum": ("sum", partial(FKSteering, 2, resample_every=1, final="sample", potential="max")),
+    "fk_parent": ("terminal", partial(FKSteering, 2, resample_every=1, score="parent")),
+    "best_of_n": ("stitched", partial(BestOfN, 2)),
+    "svdd": ("tweedie", partial(SVDD, 2)),
+}
+
+
+def test_samplers(on: Callable[[str], Any]) -> None:
+    def work(device: str) -> Any:
+        generator, values = on(device)
+        found = {}
+        for name, (value, make) in SAMPLERS.items():
+            final = values["terminal"] if name in ("fk", "svdd", "best_of_n") else None
+            run = make(num_steps=3)(generator, PROMPTS, values.get(value), final_value=final)
+            assert run.latents.device.type == device
+            found[name] = [run.latents, trajectories(run)]
+            assert (run.final_values is None) == (run.particles.shape[1] == 1)
+        return found
+
+    both(work, rtol=1e-2, atol=1e-3)
