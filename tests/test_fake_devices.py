@@ -9,33 +9,50 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from PIL import Image
 from torch import nn
 
+from stitchvm import sample
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.backbones.flux import FluxBackbone
 from stitchvm.backbones.sd3 import SD3Backbone
+from stitchvm.diffusers_native import FKCallback, GuidanceCallback
 from stitchvm.generator import Generator
+from stitchvm.metrics.correlation import SpearmanCorrelation
+from stitchvm.metrics.items import ItemMean
+from stitchvm.metrics.preference import PreferenceAccuracy
+from stitchvm.metrics.retrieval import RetrievalRecall
+from stitchvm.metrics.truth import TruthError
 from stitchvm.modules.sample_lines import trajectories
 from stitchvm.path import FlowPath
+from stitchvm.rewards.aesthetic import AestheticReward
+from stitchvm.rewards.base import Reward
 from stitchvm.rewards.clip import CLIPReward
+from stitchvm.rewards.imagereward import ImageReward
+from stitchvm.rewards.pickscore import PickScoreReward
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.samplers.base import Sampler, value_streams
 from stitchvm.samplers.best_of_n import BestOfN
 from stitchvm.samplers.field import Field
 from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.guidance import GuidedSampler
 from stitchvm.samplers.plain import PlainSampler
+from stitchvm.samplers.scheduler import sde_scheduler
 from stitchvm.samplers.svdd import SVDD
 from stitchvm.schedule import CenterBiased, Fixed, LogitNormal, Uniform
+from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import Value
 from stitchvm.values.monte_carlo import MonteCarloFactory
 from stitchvm.values.parts import Parts, ValueFactory
-from stitchvm.values.stitched import StitchedFactory
+from stitchvm.values.stitched import StitchedFactory, StitchedValue
 from stitchvm.values.terminal import TerminalFactory
 from stitchvm.values.tweedie import TweedieFactory
 from stitchvm.values.weighted import Term, WeightedFactory, measured_constants
 from tests.modules.sampling_runs import value_model
 from tests.pretend_cuda import back, pretend_cuda
+from tests.rewards import published
+from tests.rewards.tiny import head_file
 from tests.tiny import SD3_CONFIG
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -254,3 +271,107 @@ def test_samplers(on: Callable[[str], Any]) -> None:
         return found
 
     both(work, rtol=1e-2, atol=1e-3)
+
+
+def rewards(tiny_clip: Path, folder: Path) -> dict[str, Callable[[], Reward]]:
+    """Returns what builds one reward of each kind."""
+    clip, head = f"local-dir:{tiny_clip}", str(head_file(folder / "head.pth"))
+    return {
+        "clip": partial(CLIPReward, model=clip),
+        "bfloat16": partial(CLIPReward, model=clip, dtype="bfloat16"),
+        "aesthetic": partial(AestheticReward, model=clip, head=head),
+        "pickscore": partial(PickScoreReward, str(published.pickscore_folder(folder / "pick"))),
+        "imagereward": partial(ImageReward, str(published.imagereward_folder(folder / "blip"))),
+    }
+
+
+def test_rewards(tiny_clip: Path, tmp_path: Path) -> None:
+    """Scores and their gradients, of towers that stay, wait in CPU memory, or begin late."""
+    factories = rewards(tiny_clip, tmp_path)
+
+    def work(device: str) -> Any:
+        x = torch.rand(2, 3, 20, 24).to(device).requires_grad_()
+        found: dict[str, Any] = {}
+        made = {name: make().to(device) for name, make in factories.items()}
+        parts = {name: factories[name] for name in ("clip", "aesthetic")}
+        made["sum"] = WeightedReward(parts, {"clip": 0.5}).to(device)
+        for name, reward in made.items():
+            text = reward.encode_text(PROMPTS) if reward.uses_text else None
+            r = reward(x, text)
+            assert r.device.type == device
+            found[name] = [r, torch.autograd.grad(r.sum(), x)[0]]
+            if name in ("clip", "aesthetic"):
+                h, cls = reward.prefix(x, 2), reward.class_tokens(x, [2])[2]
+                found[name].append(reward.tail(2).to(device)(h, cls).image)
+        for name in ("clip", "aesthetic", "pickscore", "imagereward"):
+            reward = made[name]
+            reward.park()
+            text = reward.encode_text([*PROMPTS, "above"])[:2] if reward.uses_text else None
+            with torch.no_grad():
+                found[name].append(reward.score(reward.embed(x).image, text))
+            assert {p.device.type for p in reward.parameters()} <= {"cpu", device}
+        return found
+
+    both(work, rtol=1e-2, atol=1e-3)  # bfloat16
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_callbacks(family: str, tiny_clip: Path, request: pytest.FixtureRequest) -> None:
+    """Guidance and resampling in diffusers' own pipeline, by a value on its transformer."""
+    folder = request.getfixturevalue(f"tiny_{family}")
+
+    def work(device: str) -> Any:
+        pipe = DiffusionPipeline.from_pretrained(folder).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        generator = Generator.from_pipeline(pipe, guidance_scale=3.5, text_tokens=12)
+        reward = CLIPReward(model=f"local-dir:{tiny_clip}")
+        torch.manual_seed(1)
+        model = StitchedValueModel(generator.null_branch(), reward, (2, 1))
+        value = StitchedValue(model.eval().requires_grad_(False)).to(device)
+        size = {"height": 16, "width": 16}
+        found = []
+        for callback, count in (
+            (GuidanceCallback(value, PROMPTS, mode="exact", **size), 1),
+            (FKCallback(value, PROMPTS, particles=2, resample_every=1, **size), 2),
+        ):
+            if count > 1:
+                pipe.scheduler = sde_scheduler(pipe.scheduler)
+            found.append(
+                pipe(
+                    PROMPTS,
+                    num_images_per_prompt=count,
+                    num_inference_steps=3,
+                    max_sequence_length=12,
+                    generator=torch.Generator(device).manual_seed(0),
+                    output_type="latent",
+                    callback_on_step_end=callback,
+                    **size,
+                ).images
+            )
+        images = [Image.new("RGB", (1, 1)) for _ in range(4)]
+        assert len(callback.best(images)) == 2
+        sampled = sample(pipe, PROMPTS, value, "fk", num_steps=2, particles=2, **size)
+        return [*found, sampled.samples.latents]
+
+    both(work, rtol=1e-2, atol=1e-3)
+
+
+def test_metrics() -> None:
+    def work(device: str) -> Any:
+        n, index = 6, torch.arange(6, device=device)
+        x = torch.randn(n, 4).to(device)
+        retrieval = RetrievalRecall(ks=(1,)).to(device)
+        retrieval.update(x, index, x + 0.5, index)
+        preference = PreferenceAccuracy().to(device)
+        preference.update(x[:, 0], (index % 3).float(), index // 3, index)
+        spearman = SpearmanCorrelation().to(device)
+        spearman.update(x[:, 0], x[:, 1], index)
+        truth = TruthError(resamples=8).to(device)
+        truth.update(x[:, 0], x[:, 1], x[:, 2], index)
+        mean = ItemMean().to(device)
+        mean.update(x[:, 0], index)
+        found = [retrieval.compute(), preference.compute(), spearman.compute(), truth.compute()]
+        found.append({"mean": mean.compute()})
+        return [{k: [v.value, v.stderr] for k, v in each.items()} for each in found]
+
+    both(work)

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from stitchvm.adapters.full import PolicyWeights
 from stitchvm.backbones.sd3 import SD3Backbone
 from stitchvm.data.images import ImageFolder
 from stitchvm.data.prompts import Prompts
@@ -25,6 +26,7 @@ from stitchvm.modules.grpo import FlowGRPO
 from stitchvm.modules.held_out import Evaluation
 from stitchvm.modules.nft import DiffusionNFT
 from stitchvm.modules.sample_evaluation import SampleEvaluation
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.plain import PlainSampler
 from stitchvm.vae import VAE
@@ -55,7 +57,7 @@ def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 METHODS = {
     DRaFT: {"backprop_steps": 1},
     DiffusionNFT: {"group_size": 2, "fraction": 0.5},
-    FlowGRPO: {"group_size": 2, "window": 1, "bounds": [0, 1]},
+    FlowGRPO: {"group_size": 2, "window": 1, "bounds": [0, 1], "normalise": "group"},
 }
 
 
@@ -63,13 +65,15 @@ METHODS = {
 def test_alignment(method: type[Alignment], tiny_sd3: Path, tiny_clip: Path, tmp_path: Path):
     """An update from roll-out to optimiser step; DiffusionNFT's goes on from a checkpoint, and is evaluated."""
     reward = alignment_runs.reward(tiny_clip)
+    full = method is FlowGRPO  # fine-tuning of all weights, by a sum of rewards
+    terms = partial(WeightedReward, {"a": reward, "b": reward}, {"b": 0.5})
 
     def work(device: str) -> dict[str, Tensor]:
         def module(**settings: Any) -> Alignment:
             return method(
                 generator=alignment_runs.generator(tiny_sd3),
-                reward=reward,
-                policy=alignment_runs.policy(),
+                reward=terms if full else reward,
+                policy=PolicyWeights if full else alignment_runs.policy(),
                 **({"num_steps": 2, "lr": 1e-2} | METHODS[method] | settings),
             )
 
@@ -84,7 +88,7 @@ def test_alignment(method: type[Alignment], tiny_sd3: Path, tiny_clip: Path, tmp
             trainer = alignment_runs.fit(made, root, max_steps=2, num_sanity_val_steps=1, **data)
         assert trainer.strategy.root_device.type == device
         assert made.sigmas.device.type == "cpu"  # they are read number by number
-        assert any((root / "lora").iterdir())
+        assert any((root / ("full" if full else "lora")).iterdir())
         return weights(made.policy.parameters())
 
     here, there = both(work)
