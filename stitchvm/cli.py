@@ -57,6 +57,15 @@ def main(args: list[str] | None = None) -> None:
         )
         raise SystemExit(2)
 
+    try:
+        _dispatch(argv)
+    except KeyboardInterrupt:  # while importing, too, which takes seconds
+        print("stitchvm: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _dispatch(argv: list[str]) -> None:
+    """Imports what a command needs, and runs it."""
     if argv[0] == "check":
         from stitchvm.preflight import main as check
 

@@ -121,3 +121,14 @@ def test_checkpoint_files_are_read_and_written_as_the_user_says(
     words += [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
     cli = StitchCLI(args=["fit", *words], command="fit")
     assert type(cli.trainer.strategy.checkpoint_io).__name__ == expected
+
+
+@pytest.mark.parametrize("command", ["fit", "check", "sweep", "curves"])
+def test_an_interrupt_while_importing_is_one_message(command, capsys, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stitchvm.cli._dispatch", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        main([command])
+    assert exit_.value.code == 130 and capsys.readouterr().err == "stitchvm: interrupted\n"

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 __all__ = ["LeanCheckpoint"]
 
@@ -47,6 +48,16 @@ class LeanCheckpoint(LightningModule):
                     Path(callback.dirpath) / name
                 )
                 self.trainer.save_checkpoint(callback.last_model_path)
+
+    def how_to_go_on(self) -> str:
+        """Returns what is kept, and what to do, when a run was interrupted."""
+        callbacks = [
+            c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)
+        ]
+        last = next((c.last_model_path for c in callbacks if c.last_model_path), None)
+        if last is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return "nothing new was saved: the same command starts again"
+        return f"the same command with --ckpt_path last goes on from {last}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops the pretrained weights, and lists names and shapes of the others."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stitchvm.cli import main
+from stitchvm.modules.distillation import StitchDistillation
 from stitchvm.value_model import StitchedValueModel
 from tests.modules import runs
 
@@ -188,3 +189,26 @@ def test_a_batch_larger_than_the_data_is_said_before_networks_are_loaded(config,
     assert not (root / "search.json").exists()  # not even stage 1 has run
     main(["search", "--config", str(path)])  # which trains on none
     assert (root / "search.json").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(config, capsys, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    step = StitchDistillation.training_step
+    path, root = config(trainer={"max_steps": 4})
+    with monkeypatch.context() as patch:
+        patch.setattr(StitchDistillation, "training_step", training_step)
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", "--config", str(path)])
+    last = root / "checkpoints/last.ckpt"
+    assert exit_.value.code == 130
+    expected = (
+        f"stitchvm: interrupted; the same command with --ckpt_path last goes on from {last}\n"
+    )
+    assert capsys.readouterr().err.endswith(expected)
+    assert runs.checkpoint(root)["global_step"] == 2
+    main(["fit", "--config", str(path), "--ckpt_path", "last"])
+    assert runs.checkpoint(root)["global_step"] == 4
