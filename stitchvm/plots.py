@@ -255,6 +255,7 @@ def heatmap(
         ValueError: If no record has i, j and one of the values.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     cells = [r for r in records if "i" in r and "j" in r]
     chosen = [v for v in values if any(r.get(v) is not None for r in cells)]
@@ -274,6 +275,8 @@ def heatmap(
         table = [[_number(grid.get((i, j))) for i in columns] for j in rows]
         _heat_panel(figure, axis, table, columns, rows, value)
         handles |= _marks(axis, columns, rows, selected, region)
+        if any(math.isnan(number) for line in table for number in line):
+            handles["not measured"] = Patch(facecolor="w", edgecolor="0.6")
     legend_below(figure, handles, width=2.6)
     if title:
         figure.suptitle(title)
