@@ -25,7 +25,7 @@ from stitchvm.modules.stage_one import (
     SEARCH_FILE,
     ClosedFormStart,
     StageOne,
-    read_stitch_point,
+    textless,
 )
 from stitchvm.modules.throughput import ImagesPerSecond
 from stitchvm.objectives.distill import aesthetic_distillation, representation_distillation
@@ -156,7 +156,7 @@ class StitchDistillation(LeanCheckpoint):
         self.warmup_steps, self.decay, self.compile_networks = warmup_steps, decay, compile
         self.stage_one = StageOne(
             backbone,
-            partial(_textless, reward) if objective == "aesthetic" else reward,
+            partial(textless, reward) if objective == "aesthetic" else reward,
             vae,
             js=tuple(search_js) if search_js is not None else (1, 2, 3, 4),
             criterion=search_criterion,
@@ -179,7 +179,7 @@ class StitchDistillation(LeanCheckpoint):
         if stage != "fit":  # `validate` of a run whose stitch point stage 1 chose
             found = self._run_folder() / SEARCH_FILE
             if self.stitch_point is None and found.is_file():
-                self.stitch_point = read_stitch_point(found)
+                self.stitch_point = self.stage_one.read(found)
             return
         start = None
         if self.trainer.is_global_zero:
@@ -393,14 +393,3 @@ class StitchDistillation(LeanCheckpoint):
 
     def _run_folder(self) -> Path:
         return Path(self.trainer.default_root_dir)
-
-
-def _textless(make: Callable[[], Reward]) -> Reward:
-    """Makes the teacher of Eq. (79), whose score the objective takes of an image alone."""
-    reward = make()
-    if reward.uses_text:
-        raise ValueError(
-            f"objective 'aesthetic' (Eq. 79) needs a reward that reads no text, got {reward.id}: use "
-            "stitchvm.rewards.aesthetic.AestheticReward, or objective 'representation' (Eq. 78)"
-        )
-    return reward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from stitchvm.rewards.base import Reward
 from stitchvm.search import CRITERIA, SearchResult, search
 from stitchvm.vae import VAE
 
-__all__ = ["ClosedFormStart", "StageOne", "read_stitch_point"]
+__all__ = ["ClosedFormStart", "StageOne", "read_stitch_point", "textless"]
 
 SEARCH_FILE = "search.json"
 
@@ -68,10 +68,10 @@ class StageOne:
             raise ValueError(f"search_criterion {criterion!r}: expected one of {sorted(CRITERIA)}")
         if criterion == "embedding" and num_end_probes < 1:
             raise ValueError("search_criterion 'embedding' needs num_end_probes of at least 1")
-        if num_probes < 1 or num_held_out < 0:
+        if num_probes < 1 or min(num_held_out, num_end_probes) < 0:
             raise ValueError(
-                f"num_probes = {num_probes}, num_held_out = {num_held_out}: expected at least 1 image to fit (the "
-                "paper's 200) and at least 0 to measure on"
+                f"num_probes = {num_probes}, num_held_out = {num_held_out}, num_end_probes = {num_end_probes}: "
+                "expected at least 1 image to fit (the paper's 200) and at least 0 to measure on"
             )
         self.backbone, self.reward, self.vae = backbone, reward, vae
         self.criterion = criterion
@@ -128,7 +128,7 @@ class StageOne:
         at the one that a search finds now (which is then written into `folder`)."""
         found = folder / SEARCH_FILE
         if stitch_point is None and found.is_file():
-            stitch_point = read_stitch_point(found)
+            stitch_point = self.read(found)
             rank_zero_info(f"stitch point (i, j) = {stitch_point} from {found}")
         if stitch_point is None:
             rank_zero_info("no stitch point given: stage 1 measures all of them")
@@ -144,6 +144,10 @@ class StageOne:
         return ClosedFormStart(
             (i, j), W.float().cpu(), b.float().cpu(), result.class_tokens[j].cpu()
         )
+
+    def read(self, path: Path) -> tuple[int, int]:
+        """Returns the stitch point that a search.json has for this run's criterion and reward blocks."""
+        return read_stitch_point(path, self.criterion, self.settings["js"])
 
     def save(self, result: SearchResult, folder: Path, config: Any = None) -> Path:
         """Writes `search.json` and the heat maps of Figure 6; never over an earlier one.
@@ -185,14 +189,45 @@ def _probe_pixels(datamodule: LightningDataModule | None, num_images: int) -> It
         yield batch["pixels"]
 
 
-def read_stitch_point(path: Path) -> tuple[int, int]:
-    """Returns (i*, j*) of a search.json.
+def read_stitch_point(
+    path: Path, criterion: str | None = None, js: Sequence[int] | None = None
+) -> tuple[int, int]:
+    """Returns (i*, j*) of a search.json: that of its own criterion, unless another one is asked for.
+
+    Arguments:
+        path: The file.
+        criterion: "feature" or "embedding"; the file's own by default.
+        js: The reward blocks j that may be chosen; all that were measured by default.
 
     Raises:
-        ValueError: If the file is not what `stitchvm search` writes.
+        ValueError: If the file is not what `stitchvm search` writes, or has not measured what is asked for.
     """
     try:
-        i, j = json.loads(path.read_text())["stitch_point"]
+        content = json.loads(path.read_text())
+        i, j = content["stitch_point"]
+        own = content.get("criterion", criterion)
+        records = content.get("records", [])
+        if criterion in (None, own) and (js is None or j in js):
+            return int(i), int(j)
+        records = [r for r in records if js is None or r["j"] in js]
+        chosen = criterion or own
+        measured = any(r[CRITERIA[chosen]] is not None for r in records)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not what `stitchvm search` writes ({error})") from error
-    return int(i), int(j)
+    if not measured:
+        raise ValueError(
+            f"{path} has no {chosen} loss of a reward block j in {js or 'any'}: set model.stitch_point, or "
+            "model.search_criterion and search_js as they were, or move the file away and search again"
+        )
+    return SearchResult(records, {}, {}, {}, {}).best(chosen)
+
+
+def textless(make: Callable[[], Reward]) -> Reward:
+    """Makes the teacher of Eq. (79), whose score the objective takes of an image alone."""
+    reward = make()
+    if reward.uses_text:
+        raise ValueError(
+            f"objective 'aesthetic' (Eq. 79) needs a reward that reads no text, got {reward.id}: use "
+            "stitchvm.rewards.aesthetic.AestheticReward, or objective 'representation' (Eq. 78)"
+        )
+    return reward

@@ -9,6 +9,7 @@ import torch
 
 from stitchvm.cli import main
 from stitchvm.modules.distillation import StitchDistillation
+from stitchvm.modules.stage_one import read_stitch_point
 from stitchvm.value_model import StitchedValueModel
 from tests.modules import runs
 
@@ -81,6 +82,24 @@ def test_search_command_then_fit_goes_on_from_it(config, capsys):
     assert "val/loss" in capsys.readouterr().out  # at the point of search.json
 
 
+def test_a_search_is_read_by_the_runs_own_criterion(tmp_path):
+    path = tmp_path / "search.json"
+    with pytest.raises(ValueError, match="not what `stitchvm search` writes"):
+        path.write_text("{}")
+        read_stitch_point(path)
+    records = [
+        {"i": i, "j": j, "feature_loss": feature, "embedding_error": embedding}
+        for i, j, feature, embedding in [(1, 1, 0.1, 0.9), (2, 1, 0.2, 0.4), (1, 2, 0.3, None)]
+    ]
+    found = {"stitch_point": [1, 1], "criterion": "feature", "records": records}
+    path.write_text(json.dumps(found))
+    assert read_stitch_point(path) == read_stitch_point(path, "feature") == (1, 1)
+    assert read_stitch_point(path, "embedding") == (2, 1)
+    assert read_stitch_point(path, "feature", (2, 3)) == (1, 2)
+    with pytest.raises(ValueError, match="no embedding loss of a reward block j in"):
+        read_stitch_point(path, "embedding", (2,))
+
+
 def test_the_start_is_the_closed_form_fit(config):
     """Before the first step the student's hand-over features are the least-squares ones."""
     path, root = config(lr=0.0, trainer={"max_steps": 1})
@@ -121,6 +140,7 @@ def test_the_loss_falls(config):
         ({"search_criterion": "best"}, "criterion"),
         ({"stitch_point": None, "num_held_out": 0}, "num_held_out = 0"),
         ({"num_probes": 0}, "num_probes = 0"),
+        ({"num_end_probes": -1}, "num_end_probes = -1"),
         ({"objective": "aesthetic"}, "reads no text"),
         ({"lambda_sc": 0.5}, "lambda_sc = 0.5"),
         ({"noise_law": STRATIFIED}, "stratified"),
