@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from stitchvm.interruption import exit_code
 from stitchvm.modules.checkpoint_io import LeanCheckpointIO, check_checkpoint_file
+from stitchvm.modules.run_folder import check_folder, claimed
 
 # Lightning 2.6 calls parser methods that jsonargparse renames in 5.0; users can do nothing about it
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -140,6 +142,20 @@ class StitchParser(LightningArgumentParser):
         raise SystemExit(2)
 
 
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml; in the folder of an earlier run only when its checkpoint has been found to fit."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes it, unless a checkpoint is still to be read."""
+        if not self.config.get("ckpt_path"):
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes it if that is still to be done; every process must come here or none."""
+        if self.config.get("ckpt_path"):
+            super().setup(trainer, pl_module, "fit")
+
+
 class StitchCLI(LightningCLI):
     """The command line over LightningModules and LightningDataModules named by `class_path`."""
 
@@ -197,7 +213,7 @@ class StitchCLI(LightningCLI):
         config = self.config[self.subcommand]
         folder = Path(config.trainer.default_root_dir or ".")
         _check_checkpoint(config.get("ckpt_path"))
-        _check_folder(str(config.trainer.default_root_dir or "."))
+        check_folder(str(config.trainer.default_root_dir or "."))
         if self.subcommand not in ("fit", "search") or self.prints_cost:
             return
         if config.trainer.fast_dev_run or config.get("ckpt_path"):
@@ -241,8 +257,11 @@ class StitchCLI(LightningCLI):
 
             print_cost(self.model, self.datamodule, self.trainer, self.prints_cost)
             return
+        writes = subcommand in ("fit", "search", "predict") and self.trainer.is_global_zero
+        root = self.trainer.default_root_dir
         try:
-            super()._run_subcommand(subcommand)
+            with claimed(root) if writes else nullcontext():
+                super()._run_subcommand(subcommand)
         except SystemExit as exit_:  # what Lightning makes of an interrupt
             interrupt, how = exit_.__context__, getattr(self.model, "how_to_go_on", None)
             if how is None or not isinstance(interrupt, KeyboardInterrupt):
@@ -289,19 +308,6 @@ def _check_checkpoint(path: str | None) -> None:
         check_checkpoint_file(path)
 
 
-def _check_folder(folder: str) -> None:
-    """Raises an error if nothing can be written into `folder`, which need not be there yet."""
-    if "://" in folder:
-        return
-    path = Path(folder).absolute()
-    there = next(above for above in (path, *path.parents) if above.exists())
-    what = "a file" if not there.is_dir() else "read-only for you"
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{there} is {what}: a run needs a folder to write into; choose another with --trainer.default_root_dir"
-        )
-
-
 def quiet() -> None:
     """Silences warnings about what this project does on purpose."""
     for text in (
@@ -321,7 +327,7 @@ def run(argv: list[str]) -> None:
     quiet()
     try:
         args = None if argv == sys.argv[1:] else argv
-        StitchCLI(args=args, command=argv[0], save_config_callback=SaveConfigCallback)
+        StitchCLI(args=args, command=argv[0], save_config_callback=RunConfig)
         from stitchvm.modules.ranks import leave
 
         leave()

@@ -123,6 +123,21 @@ def test_checkpoint_files_are_read_and_written_as_the_user_says(
     assert type(cli.trainer.strategy.checkpoint_io).__name__ == expected
 
 
+def test_two_runs_do_not_share_a_folder(capsys, tmp_path):
+    from stitchvm.modules.run_folder import claimed
+
+    root = tmp_path / "run"
+    words = ["--config", PLAIN, "--data.num_prompts=0", f"--trainer.default_root_dir={root}"]
+    with claimed(root), pytest.raises(SystemExit) as exit_:
+        main(["predict", *words])
+    assert exit_.value.code == 1
+    assert f"another run is writing into {root}" in capsys.readouterr().err
+    for _ in range(2):  # given back, also after an error
+        with pytest.raises(SystemExit):
+            main(["predict", *words])
+        assert "num_prompts must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["fit", "check", "sweep", "curves"])
 def test_an_interrupt_while_importing_is_one_message(command, capsys, monkeypatch):
     def interrupt(argv):

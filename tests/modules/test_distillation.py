@@ -179,6 +179,7 @@ def test_checkpoint_of_another_reward_is_refused_and_its_value_model_stays(confi
     path, root = config(trainer={"max_steps": 2})
     main(["fit", "--config", str(path)])
     before = (root / "value_model/model.safetensors").read_bytes()
+    settings = (root / "config.yaml").read_text()
     state = runs.checkpoint(root)
     assert sorted(state["fingerprints"]) == ["backbone", "reward"]
     state["fingerprints"]["reward"] = "0" * 16  # as if another had been stitched
@@ -189,10 +190,12 @@ def test_checkpoint_of_another_reward_is_refused_and_its_value_model_stays(confi
         main(["fit", "--config", str(path), *words])
     assert exit_.value.code == 1 and "of another reward than this run's" in message(capsys)
     assert (root / "value_model/model.safetensors").read_bytes() == before
+    assert (root / "config.yaml").read_text() == settings  # what the message says to use
     del state["fingerprints"]  # of a version that wrote none
     torch.save(state, last)
     main(["fit", "--config", str(path), *words])
     assert (root / "value_model/model.safetensors").read_bytes() != before
+    assert "max_steps: 3" in (root / "config.yaml").read_text()
 
 
 def test_no_steps_are_no_error(config):
