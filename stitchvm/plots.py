@@ -353,8 +353,8 @@ def _marks(
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Writes a figure and returns its path, whose suffix is the format."""
-    path = Path(path)
+    """Writes a figure and returns its path, whose suffix is the format: PNG if there is none."""
+    path = Path(path) if Path(path).suffix else Path(f"{path}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path

@@ -112,7 +112,8 @@ def test_heatmap_marks_the_lowest_cell_of_the_region(tmp_path: Path, figure: lis
 
 def test_a_hole_in_the_grid_stays_empty(tmp_path: Path, figure: list[Figure]) -> None:
     cells = [{"i": 1, "j": 1, "feature_loss": 0.5}, {"i": 2, "j": 2, "feature_loss": math.nan}]
-    heatmap(cells, tmp_path / "grid.png")
+    assert heatmap(cells, tmp_path / "grid") == tmp_path / "grid.png"
+    assert (tmp_path / "grid.png").is_file()
     assert [text.get_text() for text in figure[0].axes[0].texts] == ["0.500"]
     named = [text.get_text() for text in figure[0].legends[0].get_texts()]
     assert named == ["selected (i*, j*) = (1, 1)", "not measured"]

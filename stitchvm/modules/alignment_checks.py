@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -13,7 +13,14 @@ from stitchvm.schedule import sigma_grid
 if TYPE_CHECKING:
     from stitchvm.modules.alignment import Alignment
 
-__all__ = ["check_settings", "check_skipped", "check_trainer", "pixel_size", "what_to_lower"]
+__all__ = [
+    "check_data",
+    "check_settings",
+    "check_skipped",
+    "check_trainer",
+    "pixel_size",
+    "what_to_lower",
+]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -37,6 +44,10 @@ def check_settings(module: Alignment) -> None:
             f"model.evaluation.sampler is a {type(sampler).__name__}, which asks a value, but held-out prompts are "
             "sampled without one, to see the policy alone: take stitchvm.samplers.plain.PlainSampler."
         )
+    for name in ("warmup_steps", "weight_decay"):
+        number = getattr(module, name)
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"model.{name} = {number}: expected a finite number of at least 0.")
     if module.grid != "pipeline":
         sigma_grid(
             module.num_steps, shift=module.shift, kind=module.grid
@@ -56,7 +67,8 @@ def pixel_size(height: int | None, width: int | None) -> tuple[int, int] | None:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raises ValueError if a Trainer has a precision or a strategy that alignment cannot have."""
+    """Raises ValueError if a Trainer has a precision, a strategy or data that alignment cannot have."""
+    check_data(getattr(trainer, "datamodule", None))
     if str(trainer.precision) not in PRECISIONS:
         raise ValueError(
             f"trainer.precision = {trainer.precision}: expected one of {', '.join(PRECISIONS)}. The frozen networks' "
@@ -68,6 +80,17 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.strategy is a {kind}: expected one device, ddp, or ModelParallelStrategy (FSDP2, see "
             "configs/trainer/fsdp2.yaml)."
         )
+
+
+def check_data(datamodule: Any) -> None:
+    """Raises ValueError if a data module gives something else than prompts."""
+    for name in ("train_data", "val_data"):
+        data = getattr(datamodule, name, None)
+        if data is not None and not hasattr(data, "prompts"):
+            raise ValueError(
+                f"fine-tuning samples from prompts, but {type(datamodule).__name__} gives {type(data).__name__}: name "
+                "a data module of prompts under data:, such as stitchvm.data.prompts.Prompts"
+            )
 
 
 def check_skipped(module: Alignment, norm: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from stitchvm.data.images import ImageFolder
 from stitchvm.data.prompts import Prompts
 from stitchvm.modules.alignment_checks import check_trainer
 from stitchvm.modules.held_out import Evaluation
@@ -14,6 +15,7 @@ from stitchvm.samplers.best_of_n import BestOfN
 from stitchvm.samplers.fk import FKSteering
 from tests.modules import alignment_runs as runs
 from tests.modules.alignment_fakes import draft
+from tests.modules.runs import write_images
 
 BAD = [
     ({"group_size": 0}, "group_size = 0"),
@@ -22,6 +24,8 @@ BAD = [
     ({"lr": 0.0}, "lr = 0.0"),
     ({"clip": 0.0}, "clip = 0.0"),
     ({"ema_limit": 1.5}, "ema_limit = 1.5"),
+    ({"warmup_steps": -1}, "warmup_steps = -1"),
+    ({"weight_decay": -0.1}, "weight_decay = -0.1"),
     ({"height": 64}, "height = 64, width = None"),
     ({"evaluation": Evaluation(sampler=FKSteering())}, "sampler is a FKSteering, which asks"),
     ({"evaluation": Evaluation(sampler=BestOfN())}, "sampler is a BestOfN, which asks a value"),
@@ -61,4 +65,10 @@ def test_prompts_that_cannot_be_divided():
 def test_more_prompts_in_an_update_than_there_are(tmp_path):
     data = Prompts(prompts=runs.PROMPTS, prompts_per_update=16)
     with pytest.raises(ValueError, match="8 samples, fewer than one global batch of 16"):
+        runs.fit(draft(), tmp_path, data=data)
+
+
+def test_data_without_prompts(tmp_path):
+    data = ImageFolder(str(write_images(tmp_path, n=10)), val_size=2, num_workers=0, resolution=16)
+    with pytest.raises(ValueError, match="from prompts, but ImageFolder gives ImageDataset: name"):
         runs.fit(draft(), tmp_path, data=data)
