@@ -14,6 +14,7 @@ from torch import Tensor, device
 
 from stitchvm.backbones.base import Backbone
 from stitchvm.data.module import DataModule
+from stitchvm.data.prompts import PromptModule
 from stitchvm.results import write_results
 from stitchvm.rewards.base import Reward
 from stitchvm.search import CRITERIA, SearchResult, search
@@ -94,7 +95,7 @@ class StageOne:
         """Searches on the first images of the data module's validation loader.
 
         Raises:
-            ValueError: If there is no data module, or too few images in it; or if losses are to be compared
+            ValueError: If there is no data module of images, or too few images in it; or if losses are to be compared
                 but nothing is held out.
         """
         settings = self.settings | override
@@ -103,12 +104,13 @@ class StageOne:
                 "num_held_out = 0 leaves no image to measure stitch points on: set it to at least 1 (200 by "
                 "default), or give the stitch point"
             )
+        images = _with_images(datamodule)
         max_depth = max(depths) if depths is not None else None
         backbone = cast(Callable[..., Backbone], self.backbone)(max_depth=max_depth).to(on)
         reward, vae = self.reward().to(on), self.vae().to(on)
         num_images = settings["num_probes"] + settings["num_held_out"]
         return search(
-            _probe_pixels(datamodule, num_images),
+            _probe_pixels(images, num_images),
             vae.encode,
             backbone,
             reward,
@@ -179,12 +181,16 @@ class StageOne:
         return path
 
 
-def _probe_pixels(datamodule: LightningDataModule | None, num_images: int) -> Iterator[Tensor]:
-    if not isinstance(datamodule, DataModule):
+def _with_images(datamodule: LightningDataModule | None) -> DataModule:
+    if not isinstance(datamodule, DataModule) or isinstance(datamodule, PromptModule):
         raise ValueError(
             f"stage 1 takes its probe images from a stitchvm.data DataModule, got {type(datamodule).__name__}: "
             "name one under data:, such as stitchvm.data.images.ImageFolder"
         )
+    return datamodule
+
+
+def _probe_pixels(datamodule: DataModule, num_images: int) -> Iterator[Tensor]:
     for batch in datamodule.probe_dataloader(num_images):
         yield batch["pixels"]
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from stitchvm.cli import main
 from stitchvm.modules.distillation import StitchDistillation
@@ -156,6 +157,18 @@ def test_wrong_settings_end_at_once_with_one_message(config, capsys, change, exp
     error = message(capsys)
     assert exit_.value.code in (1, 2) and expected in error and "Traceback" not in error
     assert not (root / "checkpoints").exists()
+
+
+def test_prompts_are_no_images(config, capsys):
+    path, _ = config()
+    made = yaml.safe_load(path.read_text())
+    made["data"] = {
+        "class_path": "stitchvm.data.prompts.Prompts",
+        "init_args": {"prompts": ["a red circle"], "batch_size": 1},
+    }
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(runs.write_config(made, path))])
+    assert "takes its probe images from a stitchvm.data DataModule, got Prompts" in message(capsys)
 
 
 def test_unknown_key_is_an_error_that_names_it(config, capsys):
