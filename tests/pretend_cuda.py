@@ -103,8 +103,10 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return type(x)(map(held, x)) if type(x) in (list, tuple) else x
 
     bare, named = [held(x) for x in args], {key: held(x) for key, x in kwargs.items()}
-    on_gpu = bool(there)
-    if (device := kwargs.get("device")) is not None:
+    device, on_gpu = kwargs.get("device"), bool(there)
+    if device is None and not there and any(x.is_meta for x in here):
+        return func(*args, **kwargs)  # what is on "meta" itself
+    if device is not None:
         on_gpu, named["device"] = device.type != "cpu", CPU
     if there and here and func not in BETWEEN:
         _check(func, args, here)
@@ -309,6 +311,7 @@ def pretend_cuda() -> Iterator[torch.device]:
         patch.setattr(torch.cuda, "Event", _Event)
         for name, answer in {
             "synchronize": None,
+            "current_device": 0,
             "current_stream": None,
             "reset_peak_memory_stats": None,
             "max_memory_allocated": 2**30,
