@@ -61,39 +61,53 @@ METHODS = {
 }
 
 
+def alignment(
+    method: type[Alignment], sd3: Path, reward: Any, root: Path, ckpt: Path | None = None
+) -> dict[str, Tensor]:
+    """Makes an update, from roll-out to optimiser step, or from a checkpoint a second one; returns the weights."""
+    full = method is FlowGRPO  # fine-tuning of all weights, by a sum of rewards
+    sampler = PlainSampler(num_steps=1, guidance_scale=1.0)
+    made = method(
+        generator=alignment_runs.generator(sd3),
+        reward=partial(WeightedReward, {"a": reward, "b": reward}, {"b": 0.5}) if full else reward,
+        policy=PolicyWeights if full else alignment_runs.policy(),
+        evaluation=Evaluation({"clip": reward} if ckpt else {}, sampler=sampler, pictures=1),
+        **({"num_steps": 2, "lr": 1e-2} | METHODS[method]),
+    )
+    data = Prompts(prompts=PROMPTS, prompts_per_update=2)
+    options: dict[str, Any] = alignment_runs.save_every_step(root) | {"max_steps": 1}
+    if ckpt:
+        options = {"max_steps": 2, "limit_val_batches": 1, "ckpt_path": str(ckpt)}
+    alignment_runs.fit(made, root, data=data, **options)
+    assert made.sigmas.device.type == "cpu"  # they are read number by number
+    assert any((root / ("full" if full else "lora")).iterdir())
+    return weights(made.policy.parameters())
+
+
+def same(here: dict[str, Tensor], there: dict[str, Tensor], atol: float = 1e-4) -> None:
+    assert here.keys() == there.keys()
+    for key, value in here.items():
+        torch.testing.assert_close(there[key], value, rtol=1e-2, atol=atol)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_alignment(method: type[Alignment], tiny_sd3: Path, tiny_clip: Path, tmp_path: Path):
-    """An update from roll-out to optimiser step; DiffusionNFT's goes on from a checkpoint, and is evaluated."""
+    """Lightning makes the GPU the default device while networks are built, where a CPU's generator draws nothing."""
     reward = alignment_runs.reward(tiny_clip)
-    full = method is FlowGRPO  # fine-tuning of all weights, by a sum of rewards
-    terms = partial(WeightedReward, {"a": reward, "b": reward}, {"b": 0.5})
+    same(*both(lambda device: alignment(method, tiny_sd3, reward, tmp_path / device)))
+
+
+@pytest.mark.slow
+def test_going_on_from_a_checkpoint(tiny_sd3: Path, tiny_clip: Path, tmp_path: Path):
+    """Weights, copies and the optimiser's state come back to the device; held-out prompts are sampled and judged."""
+    reward = alignment_runs.reward(tiny_clip)
 
     def work(device: str) -> dict[str, Tensor]:
-        def module(**settings: Any) -> Alignment:
-            return method(
-                generator=alignment_runs.generator(tiny_sd3),
-                reward=terms if full else reward,
-                policy=PolicyWeights if full else alignment_runs.policy(),
-                **({"num_steps": 2, "lr": 1e-2} | METHODS[method] | settings),
-            )
+        root = tmp_path / device
+        alignment(DiffusionNFT, tiny_sd3, reward, root)
+        return alignment(DiffusionNFT, tiny_sd3, reward, root, next(root.glob("*.ckpt")))
 
-        root, made = tmp_path / device, module()
-        data = {"data": Prompts(prompts=PROMPTS, prompts_per_update=2)}
-        keep = alignment_runs.save_every_step(root)
-        trainer = alignment_runs.fit(made, root, max_steps=1, **data, **keep)
-        if method is DiffusionNFT:
-            sampler = PlainSampler(num_steps=1, guidance_scale=1.0)
-            made = module(evaluation=Evaluation({"clip": reward}, sampler=sampler, pictures=1))
-            data |= {"limit_val_batches": 1, "ckpt_path": str(next(root.glob("*.ckpt")))}
-            trainer = alignment_runs.fit(made, root, max_steps=2, num_sanity_val_steps=1, **data)
-        assert trainer.strategy.root_device.type == device
-        assert made.sigmas.device.type == "cpu"  # they are read number by number
-        assert any((root / ("full" if full else "lora")).iterdir())
-        return weights(made.policy.parameters())
-
-    here, there = both(work)
-    for key, value in here.items():
-        torch.testing.assert_close(there[key], value, rtol=1e-2, atol=1e-4)
+    same(*both(work))
 
 
 def run(module: Any, data: Any, root: Path, what: str = "fit", **options: Any) -> Trainer:
@@ -134,9 +148,7 @@ def test_distillation(tiny_sd3: Path, tiny_clip: Path, tmp_path: Path):
             "loss": torch.tensor([record["feature_loss"] for record in found["records"]])
         }
 
-    here, there = both(work)
-    for key, value in here.items():
-        torch.testing.assert_close(there[key], value, rtol=1e-2, atol=1e-3)
+    same(*both(work), atol=1e-3)
 
 
 def test_evaluation(tiny_sd3: Path, tiny_clip: Path, tmp_path: Path):
