@@ -45,8 +45,8 @@ class EpochSampler:
         if num_samples < batch_size * world_size:
             raise ValueError(
                 f"The training set has {num_samples} samples, fewer than one global batch of {batch_size * world_size}"
-                f" (batch_size {batch_size} on {world_size} devices): lower batch_size (of prompts: prompts_per_update), "
-                "or give more data."
+                f" (batch_size {batch_size} on {world_size} devices): lower batch_size (of prompts: "
+                "prompts_per_update), or give more data."
             )
         self.num_samples = num_samples
         self.batch_size = batch_size
