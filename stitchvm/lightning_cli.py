@@ -264,10 +264,11 @@ class StitchCLI(LightningCLI):
                 super()._run_subcommand(subcommand)
         except SystemExit as exit_:  # what Lightning makes of an interrupt
             interrupt, how = exit_.__context__, getattr(self.model, "how_to_go_on", None)
-            if how is None or not isinstance(interrupt, KeyboardInterrupt):
+            if not isinstance(interrupt, KeyboardInterrupt):
                 raise
             if self.trainer.is_global_zero:
-                print(f"stitchvm: interrupted; {how()}", file=sys.stderr)
+                rest = "" if how is None else f"; {how()}"
+                print(f"stitchvm: interrupted{rest}", file=sys.stderr)
             raise SystemExit(exit_code(interrupt)) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

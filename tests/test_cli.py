@@ -147,3 +147,26 @@ def test_an_interrupt_while_importing_is_one_message(command, capsys, monkeypatc
     with pytest.raises(SystemExit) as exit_:
         main([command])
     assert exit_.value.code == 130 and capsys.readouterr().err == "stitchvm: interrupted\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*args parameter is intended to run from within Python.*")
+def test_an_interrupted_command_that_keeps_nothing_exits_as_shells_expect(
+    monkeypatch, tmp_path, capsys
+):
+    from lightning.pytorch.cli import LightningCLI
+
+    from stitchvm.lightning_cli import StitchCLI
+
+    def interrupted(self, name):  # as Lightning's Trainer ends
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)  # noqa: B904
+
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", interrupted)
+    demos = "lightning.pytorch.demos.boring_classes"
+    words = [f"--model={demos}.BoringModel", f"--data={demos}.BoringDataModule"]
+    words += [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    with pytest.raises(SystemExit) as exit_:
+        StitchCLI(args=["test", *words], command="test")
+    assert exit_.value.code == 130 and capsys.readouterr().err.endswith("stitchvm: interrupted\n")
