@@ -26,6 +26,7 @@ __all__ = ["Line", "SampleStore", "differences"]
 Line = dict[str, Any]
 Key = tuple[int, int]  # index of the prompt, seed
 
+IMAGES = "[0-9]*_s*.png"  # prompt, seed and, where all are kept, particle
 # Settings that change speed and memory, and samples by no more than rounding.
 INDIFFERENT = {
     "micro_batch",
@@ -110,10 +111,9 @@ class SampleStore:
 
     def erase(self) -> None:
         """Removes all samples and what was made of them."""
-        made = ["images/*.png", "samples*.jsonl", "grid*.png", "trajectory.png"]
-        for pattern in [*made, "summary.json", "sampling.json"]:
-            for path in self.root.glob(pattern):
-                path.unlink()
+        made = [f"images/{IMAGES}", "grid*.png", "trajectory.png", "summary.json", "sampling.json"]
+        for path in [*self._files(), *(p for pattern in made for p in self.root.glob(pattern))]:
+            path.unlink()
 
     def prepare(self, **parts: Mapping[str, Any]) -> None:
         """Makes the folder, cuts unfinished lines off, removes unfinished images and writes `sampling.json`."""
@@ -182,7 +182,8 @@ class SampleStore:
 
     def _files(self) -> list[Path]:
         """Returns the files of lines, the merged one first."""
-        return sorted(self.root.glob("samples*.jsonl"), key=lambda p: (p != self.merged, p.name))
+        ranks = sorted(self.root.glob("samples.rank*.jsonl"))
+        return [p for p in (self.merged, *ranks) if p.is_file()]
 
     def _has_images(self, line: Line) -> bool:
         files = [line["file"], *(each["file"] for each in line.get("particles", ()))]

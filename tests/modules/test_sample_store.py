@@ -104,10 +104,13 @@ def test_erasing_leaves_what_is_not_its_own(store: SampleStore) -> None:
     store.append(line(store, 0))
     (store.root / "grid.png").write_bytes(b"")
     (store.root / "notes.txt").write_text("mine")
-    (store.images / "mine.jpg").write_bytes(b"")
+    theirs = ["images/best.png", "images/mine.jpg", "samples_best.jsonl"]
+    for name in theirs:
+        (store.root / name).write_text("{}")
+    assert len(store.merge()) == 1
     store.erase()
     left = sorted(p.relative_to(store.root).as_posix() for p in store.root.rglob("*"))
-    assert left == ["images", "images/mine.jpg", "notes.txt"]
+    assert left == sorted(["images", "notes.txt", *theirs])
 
 
 def test_differences_are_spelt_as_on_the_command_line() -> None:
