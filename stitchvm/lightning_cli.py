@@ -7,16 +7,14 @@ Differences from the stock one: only the asked command's parser is built; `searc
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -31,6 +29,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from stitchvm.cli_parser import StitchParser, condensed
 from stitchvm.interruption import exit_code
 from stitchvm.modules.checkpoint_io import LeanCheckpointIO, check_checkpoint_file
 from stitchvm.modules.run_folder import check_folder, claimed
@@ -78,68 +77,6 @@ class StitchTrainer(Trainer):
             print(records_to_text(result.records, rows=("j",), column="i", value=key, digits=4))
             print(f"lowest {criterion} loss: (i, j) = {result.best(criterion)}\n")
         print(f"wrote {path}; next: stitchvm fit with the same config goes on from here")
-
-
-def condensed(message: str) -> str:
-    """Returns jsonargparse's report without the types that were tried and the values that were given."""
-    noise = (
-        "Does not validate against",
-        "Subtypes:",
-        "Errors:",
-        "- Expected a <class 'NoneType'>",
-    )
-    kept: list[str] = []
-    lines = message.splitlines()
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
-        if line.strip().startswith("Given value"):
-            if "Given value:" in after and len(after) < 100:
-                kept.append(after.strip().replace("Given value:", "Got value:"))
-            break
-        if line.strip() and not line.strip().startswith(noise):
-            kept.append(line.strip().removeprefix("- "))
-    return "\n  ".join(kept) or message
-
-
-def did_you_mean(
-    message: str, error: BaseException | None, parser: argparse.ArgumentParser
-) -> str:
-    """Returns what an unknown option may have been meant to be, or the options there are; "" of other errors."""
-    if found := re.match(r"unrecognized arguments: --([\w.]+)", message):
-        root, _, rest = found[1].partition(".")
-        known = {word[2:] for action in parser._actions for word in action.option_strings}
-        roots = {word.partition(".")[0] for word in known} - {"help"}
-        if root in roots:
-            near = difflib.get_close_matches(found[1], known, n=1)
-        else:
-            near = [f"{n}.{rest}".strip(".") for n in difflib.get_close_matches(root, roots, n=1)]
-        return f"; did you mean --{near[0]}?" if near else ""
-    found = re.fullmatch(r"Option '([\w.]+)' is not accepted", message)
-    if found is None or error is None:
-        return ""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    inner: argparse.ArgumentParser = parser  # the class's own, deepest in the trace
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        inner = next((x for x in frame.f_locals.values() if isinstance(x, StitchParser)), inner)
-    known = {action.dest for action in inner._actions} - {"help"}
-    if near := difflib.get_close_matches(found[1], known, n=1):
-        return f"; did you mean '{near[0]}'?"
-    return f"; expected one of {', '.join(sorted(known))}"
-
-
-class StitchParser(LightningArgumentParser):
-    """A parser whose errors are short: what was wrong, not every type that was tried."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the innermost part of an error and exits with code 2."""
-        if os.environ.get("JSONARGPARSE_DEBUG") and ex is not None:
-            raise ex
-        hint = did_you_mean(str(message), ex, self)
-        sys.stderr.write(f"stitchvm: error: {condensed(str(message))}{hint}\n")
-        sys.stderr.write(
-            "(all options: stitchvm COMMAND --help; the trace: JSONARGPARSE_DEBUG=1)\n"
-        )
-        raise SystemExit(2)
 
 
 class RunConfig(SaveConfigCallback):

@@ -32,7 +32,7 @@ LAYERS = [
     ["world"],
     ["data"],
     ["modules"],
-    ["cli", "lightning_cli", "sweep", "curves", "preflight", "__main__"],
+    ["cli", "cli_parser", "lightning_cli", "sweep", "curves", "preflight", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # the embedded world's trainer and demo stand beside the library, not in it
@@ -44,7 +44,7 @@ WRAPPERS = {  # what may be imported while a file is loaded, and by whom
     "diffusers": (),
     "transformers": (),
     "open_clip": (),
-    "lightning": ("data/", "modules/", "lightning_cli.py"),
+    "lightning": ("data/", "modules/", "lightning_cli.py", "cli_parser.py"),
     "matplotlib": (),
 }
 
