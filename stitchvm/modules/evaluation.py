@@ -56,6 +56,7 @@ class ValueEvaluation(LightningModule):
             none.
         truth_rollouts: The roll-outs per image and noise level of the truth, an even number.
         truth_steps: The steps of each.
+        truth_batch_size: The roll-outs that are sampled and decoded at a time; lower it when memory runs out.
         plot: Whether to draw the plot of Figure 2.
         write_cards: Whether to put the measured table into the model card of every value model that was tested
             from a local folder.
@@ -84,6 +85,7 @@ class ValueEvaluation(LightningModule):
         truth_images: int = 0,
         truth_rollouts: int = 64,
         truth_steps: int = 20,
+        truth_batch_size: int = 256,
         plot: bool = True,
         write_cards: bool = True,
     ) -> None:
@@ -106,6 +108,10 @@ class ValueEvaluation(LightningModule):
             raise ValueError(
                 f"truth_rollouts = {truth_rollouts}: expected an even number, at least 2."
             )
+        if truth_images and min(truth_steps, truth_batch_size) < 1:
+            raise ValueError(
+                f"truth_steps = {truth_steps}, truth_batch_size = {truth_batch_size}: expected at least 1."
+            )
         if truth_images and generator is None:
             raise ValueError(
                 "Monte Carlo truth needs roll-outs: give a generator, or truth_images: 0."
@@ -115,7 +121,7 @@ class ValueEvaluation(LightningModule):
         self.clean, self.plot, self.seed = clean, plot, seed
         self.overwrite, self.task_name, self.write_cards = overwrite, task, write_cards
         self.truth_images, self.truth_rollouts = truth_images, truth_rollouts
-        self.truth_steps = truth_steps
+        self.truth_steps, self.truth_batch_size = truth_steps, truth_batch_size
         self.parts: Parts | None = None
         self.records: list[dict[str, Any]] = []
 
@@ -180,7 +186,7 @@ class ValueEvaluation(LightningModule):
                 self.reward,
                 rollouts=self.truth_rollouts,
                 steps=self.truth_steps,
-                batch_size=256,
+                batch_size=self.truth_batch_size,
             )
         self.parts = parts
         # a list registers them, so that they move with this module; shared parts may occur twice

@@ -10,7 +10,7 @@ import pytest
 from stitchvm.modules.card import measured_card, write_measured
 from stitchvm.results import weights_of
 from stitchvm.value_model import model_card
-from tests.modules.test_evaluation import Data, NoisyFactory, run
+from tests.modules.evaluation_runs import Data, NoisyFactory, run
 
 CONFIG = {
     "stitch_point": [4, 1],

@@ -8,123 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from stitchvm.data.base import collate
 from stitchvm.modules.evaluation import ValueEvaluation
 from stitchvm.modules.tasks import TASKS
-from stitchvm.path import FlowPath
-from stitchvm.randomness import keyed_generator, keyed_normal
+from stitchvm.randomness import keyed_normal
 from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.base import Value
-from stitchvm.values.monte_carlo import MonteCarloFactory
 from stitchvm.values.parts import Parts, ValueFactory
 from stitchvm.values.terminal import TerminalValue
-from stitchvm.values.tweedie import TweedieFactory
-from tests.values.fakes import (
-    BentReward,
-    ClosedFormReward,
-    FakeReward,
-    IdentityVAE,
-    WorldGenerator,
-    known,
-    mixture,
+from tests.modules.evaluation_runs import (
+    Data,
+    Noisy,
+    NoisyFactory,
+    run,
+    same,
+    value,
 )
-
-
-class Data(LightningDataModule):
-    """Samples in memory; each image is its own latent."""
-
-    def __init__(self, task: str, n: int = 12, batch_size: int = 5, benchmarks: int = 0) -> None:
-        super().__init__()
-        self.task, self.batch_size = task, batch_size
-        if benchmarks:
-            self.benchmarks = [f"set{k}" for k in range(benchmarks)]
-        generator = torch.Generator().manual_seed(5)
-        pixels = torch.randn(n, 3, 1, 1, generator=generator).expand(n, 3, 8, 8)
-        reward = FakeReward(uses_text=task != "aesthetic")
-        image = reward.embed(pixels).image.detach()
-        lines = [",".join(f"{x:.3f}" for x in row) for row in image.tolist()]
-        human = reward.score(image, None)
-        self.samples: list[dict[str, Any]] = [{"index": i, "pixels": pixels[i]} for i in range(n)]
-        for i, sample in enumerate(self.samples):
-            if task == "retrieval":
-                sample["captions"] = [lines[i]] * (i % 3 + 1)
-            elif task == "preference":
-                prompt = i - i % 3
-                rank = float((image[i] - image[prompt]).norm())
-                sample |= {"prompt": lines[prompt], "group": i // 3, "rank": rank}
-            else:
-                sample["score"] = float(human[i])
-
-    def test_dataloader(self) -> Any:
-        def loader() -> Any:
-            return torch.utils.data.DataLoader(
-                self.samples, batch_size=self.batch_size, collate_fn=collate_plain
-            )
-
-        return [loader() for _ in getattr(self, "benchmarks", [])] or loader()
-
-
-def collate_plain(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    batch = collate(samples)
-    batch.pop("bad")
-    return batch
-
-
-class Noisy(Value):
-    """The clean reward of the noisy latent itself."""
-
-    def embed(self, z_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        return self.reward.embed(z_t).image
-
-
-class NoisyFactory(ValueFactory):
-    def __init__(self, break_at: float = 2.0) -> None:
-        self.break_at = break_at
-
-    def __call__(self, parts: Parts) -> Value:
-        value = Noisy(parts.reward)
-        if self.break_at < 1:
-            plain = value.embed
-            value.embed = lambda z_t, t, **kw: plain(z_t, t) / (t[0] != self.break_at)
-        return value
-
-
-def run(
-    folder: Path, data: LightningDataModule, estimators: Any = None, **options: Any
-) -> ValueEvaluation:
-    uses_text = getattr(data, "task", None) != "aesthetic"
-    options = {"reward": lambda: FakeReward(uses_text=uses_text), "vae": IdentityVAE} | options
-    module = ValueEvaluation(
-        {"stitched": NoisyFactory()} if estimators is None else estimators, **options
-    )
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(folder),
-        enable_checkpointing=False,
-    )
-    trainer.test(module, data, verbose=False)
-    return module
-
-
-def value(
-    records: list[dict[str, Any]], metric: str, sigma: float | None, name: str = "stitched"
-) -> float:
-    found = [
-        r["value"]
-        for r in records
-        if (r["metric"], r["sigma"], r["estimator"])
-        == (metric, sigma, "clean" if sigma is None else name)
-    ]
-    assert len(found) == 1, (metric, sigma, found)
-    return found[0]
+from tests.values.fakes import (
+    FakeReward,
+)
 
 
 @pytest.mark.parametrize(
@@ -170,109 +73,6 @@ def test_the_clean_score_and_the_noise_are_what_they_should_be(tmp_path: Path) -
     eps = keyed_normal([(3, "noise", i, "0.5") for i in range(12)], (3, 8, 8))
     noisy = spearman_corrcoef(reward(0.5 * pixels + 0.5 * eps), target)
     assert value(module.records, "aesthetic/srcc", 0.5) == pytest.approx(float(noisy), abs=1e-6)
-
-
-def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
-    assert len(a) == len(b) > 0
-    for one, other in zip(a, b, strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
-            if isinstance(one[key], float):
-                close = pytest.approx(other[key], rel=1e-5, abs=1e-6, nan_ok=True)
-                assert one[key] == close, (one, other)
-            else:
-                assert one[key] == other[key], (one, other)
-
-
-class WorldData(LightningDataModule):
-    """Draws of a closed-form world, with their reward as the human score."""
-
-    task = "aesthetic"
-
-    def __init__(self, n: int = 60, batch_size: int = 20) -> None:
-        super().__init__()
-        z_0 = mixture().sample(n, generator=torch.Generator().manual_seed(0)).float()
-        scores = known()(z_0).tolist()
-        self.samples = [
-            {"index": i, "pixels": z_0[i], "score": float(scores[i])} for i in range(n)
-        ]
-        self.batch_size = batch_size
-
-    def test_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(
-            self.samples, batch_size=self.batch_size, collate_fn=collate_plain
-        )
-
-
-def world_run(folder: Path, data: LightningDataModule, **options: Any) -> ValueEvaluation:
-    return run(
-        folder,
-        data,
-        {"tweedie": TweedieFactory(), "monte_carlo": MonteCarloFactory(rollouts=8, steps=6)},
-        reward=lambda: ClosedFormReward(known()),
-        generator=lambda: WorldGenerator(mixture()),
-        vae=None,
-        plot=False,
-        **options,
-    )
-
-
-def test_truth_ranks_monte_carlo_above_tweedie(tmp_path: Path) -> None:
-    options = {"sigmas": [0.25, 0.75], "truth_images": 30, "truth_rollouts": 64, "truth_steps": 10}
-    module = world_run(tmp_path / "a", WorldData(), **options)
-    records = module.records
-    assert {r["n"] for r in records if r["metric"] == "truth/r2"} == {30}
-    assert value(records, "aesthetic/srcc", None) == pytest.approx(1)
-
-    # the same errors from the closed form, for the images that were chosen
-
-    world = mixture()
-    z_0 = torch.stack([s["pixels"] for s in WorldData().samples])[::2]
-    eps = keyed_normal([(0, "noise", i, "0.75") for i in range(0, 60, 2)], (2, 1, 1))
-    z_t = FlowPath.interpolate(z_0, eps, 0.75)
-    exact, tweedie = world.value(z_t, 0.75, known()), world.tweedie_value(z_t, 0.75, known())
-    rmse = float((tweedie - exact).square().mean().sqrt())
-    assert value(records, "truth/rmse", 0.75, "tweedie") == pytest.approx(rmse, rel=0.1)
-    assert value(records, "truth/r2", 0.75, "monte_carlo") > value(
-        records, "truth/r2", 0.75, "tweedie"
-    )
-    noise = float((world.value_variance(z_t, 0.75, known()).mean() / 64).sqrt())
-    assert value(records, "truth/truth_noise", 0.75, "tweedie") == pytest.approx(noise, rel=0.3)
-
-    # nothing depends on the batch size: neither noise, nor roll-outs, nor the choice of images
-    again = world_run(tmp_path / "b", WorldData(batch_size=7), **options)
-    same(records, again.records)
-    other = world_run(tmp_path / "c", WorldData(), seed=1, **options)
-    assert value(other.records, "truth/rmse", 0.75, "tweedie") != value(
-        records, "truth/rmse", 0.75, "tweedie"
-    )
-
-
-def test_roll_outs_are_scored_one_by_one_where_no_average_can_be(tmp_path: Path) -> None:
-    estimators = {
-        "mean": MonteCarloFactory(rollouts=4, steps=3),
-        "soft": MonteCarloFactory(rollouts=4, steps=3, reduction="log_mean_exp"),
-    }
-    options = {"sigmas": [0.6], "truth_images": 30, "truth_rollouts": 4, "truth_steps": 3}
-    module = run(
-        tmp_path,
-        WorldData(),
-        estimators,
-        reward=lambda: BentReward(known()),
-        generator=lambda: WorldGenerator(mixture()),
-        vae=None,
-        plot=False,
-        **options,
-    )
-    z_0 = torch.stack([s["pixels"] for s in WorldData().samples])
-    eps = keyed_normal([(0, "noise", i, "0.6") for i in range(60)], (2, 1, 1))
-    z_t, t = FlowPath.interpolate(z_0, eps, 0.6), torch.full((60,), 0.6)
-    target = torch.tensor([s["score"] for s in WorldData().samples])
-    for name, estimator in module.values.items():
-        streams = [keyed_generator(0, name, i, "0.6") for i in range(60)]
-        expected = spearman_corrcoef(estimator.bind(generator=streams)(z_t, t), target)
-        found = value(module.records, "aesthetic/srcc", 0.6, name)
-        assert found == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_several_benchmarks_are_kept_apart(tmp_path: Path, capsys) -> None:
@@ -386,34 +186,6 @@ def test_an_image_without_captions_is_named() -> None:
     reward = FakeReward()
     with pytest.raises(ValueError, match="index 9 has no caption"):
         TASKS["retrieval"]().texts(batch, reward, reward.encode_text)
-
-
-def test_two_processes_measure_the_same(tmp_path: Path) -> None:
-    """Seven samples on two processes: Lightning's sampler repeats one, which must not count."""
-    data = WorldData(n=7, batch_size=2)
-    options = {"sigmas": [0.5], "truth_images": 3, "truth_rollouts": 4, "truth_steps": 3}
-    alone = world_run(tmp_path / "one", data, **options)
-    module = ValueEvaluation(
-        {"tweedie": TweedieFactory(), "monte_carlo": MonteCarloFactory(rollouts=8, steps=6)},
-        reward=lambda: ClosedFormReward(known()),
-        generator=lambda: WorldGenerator(mixture()),
-        plot=False,
-        **options,
-    )
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_fork",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(tmp_path / "two"),
-    )
-    trainer.test(module, data, verbose=False)
-    content = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    together = content["records"]
-    same([r | {"stderr": 0} for r in alone.records], [r | {"stderr": 0} for r in together])
-    assert {r["n"] for r in together if r["metric"] == "aesthetic/srcc"} == {7}
 
 
 def test_terminal_needs_clean_latents(tmp_path: Path) -> None:

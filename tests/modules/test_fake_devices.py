@@ -34,8 +34,8 @@ from stitchvm.values.monte_carlo import MonteCarloFactory
 from stitchvm.values.stitched import StitchedFactory
 from stitchvm.values.tweedie import TweedieFactory
 from tests.modules import alignment_runs, sampling_runs
+from tests.modules.evaluation_runs import Data
 from tests.modules.runs import write_images
-from tests.modules.test_evaluation import Data
 from tests.pretend_cuda import pretend_cuda
 
 PROMPTS = ["a red circle", "a blue square"]
