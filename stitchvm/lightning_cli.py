@@ -63,9 +63,7 @@ class StitchTrainer(Trainer):
         self.state.fn, self.state.status = TrainerFn.FITTING, TrainerStatus.RUNNING
         self._data_connector.attach_data(model, datamodule=datamodule)
         datamodule.prepare_data()
-        datamodule.setup(
-            "validate"
-        )  # its images are held out; of those to train on there may be few
+        datamodule.setup("validate")  # held-out images; of those to train on there may be few
         from stitchvm.search import CRITERIA
         from stitchvm.tables import records_to_text
 
@@ -236,7 +234,8 @@ class StitchCLI(LightningCLI):
 
 def _check_checkpoint(path: str | None) -> None:
     """Raises an error if `path` is a local path without a whole checkpoint; words such as "last" are Lightning's."""
-    if path is None or "://" in path or path.startswith(("last", "best", "hpc", "registry")):
+    words = ("last", "best", "hpc", "registry")
+    if path is None or "://" in path or path in words or path.startswith("registry:"):
         return
     if not Path(path).exists():
         raise FileNotFoundError(

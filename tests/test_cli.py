@@ -160,8 +160,8 @@ def test_an_interrupted_command_that_keeps_nothing_exits_as_shells_expect(
     def interrupted(self, name):  # as Lightning's Trainer ends
         try:
             raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            raise SystemExit(1)  # noqa: B904
+        except KeyboardInterrupt as interrupt:
+            raise SystemExit(1) from interrupt
 
     monkeypatch.setattr(LightningCLI, "_run_subcommand", interrupted)
     demos = "lightning.pytorch.demos.boring_classes"

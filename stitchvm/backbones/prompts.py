@@ -48,10 +48,8 @@ class PromptMemory:
         if missing or not texts:
             encoded = self.encoders(missing, device=device)
             for number, text in enumerate(missing):
-                condition = encoded.select(slice(number, number + 1)).to("cpu")
-                known[text] = condition
-                if self._store is not None:
-                    self._store.put(text, condition)
+                known[text] = encoded.select(slice(number, number + 1)).to("cpu")
+                self._put(text, known[text])
         for text, condition in known.items():
             self.kept[text] = condition
             self.kept.move_to_end(text)
@@ -68,8 +66,7 @@ class PromptMemory:
         self.kept.update(known)
         for text, condition in zip(missing, self.encoders.ahead(missing, device), strict=True):
             self.kept[text] = condition
-            if self._store is not None:
-                self._store.put(text, condition)
+            self._put(text, condition)
         self.free()
 
     def free(self) -> None:
@@ -82,3 +79,8 @@ class PromptMemory:
         if text in self.kept:
             return self.kept[text]
         return self._store.get(text) if self._store is not None else None
+
+    def _put(self, text: str, condition: Condition) -> None:
+        """Keeps a new condition on disk, if asked."""
+        if self._store is not None:
+            self._store.put(text, condition)

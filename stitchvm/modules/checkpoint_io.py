@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
@@ -76,6 +75,4 @@ def check_checkpoint_file(path: str | Path) -> None:
 
 
 def _local(path: str | Path) -> bool:
-    return str(fsspec.utils.get_protocol(str(path))) in ("file", "local") and "://" not in str(
-        path
-    )
+    return "://" not in str(path)
