@@ -15,7 +15,7 @@ from stitchvm.data.datasets import BadImages
 from stitchvm.data.latents import LatentDataset, build_latent_cache
 from stitchvm.data.loader import Loader
 from stitchvm.data.resume import ConvertProgress, Stream
-from stitchvm.data.sampling import EpochSampler
+from stitchvm.data.sampling import EpochSampler, check_one_batch
 
 
 class DataModule(LightningDataModule):
@@ -72,10 +72,8 @@ class DataModule(LightningDataModule):
             self.train_data, self.val_data = self.fit_data()
             self.bad = count_bad(self.train_data, self.max_bad_fraction)
         if stage == "fit" and self.trainer is not None:
-            # whether there is a batch is said now, before networks are loaded and validated
-            EpochSampler(
-                self._num_train(), self._train_batch_size(), self.seed, *ranks(self.trainer)
-            )
+            # said now, before networks are loaded and validated
+            check_one_batch(self._num_train(), self._train_batch_size(), ranks(self.trainer)[1])
             callbacks = self.trainer.callbacks
             if not any(isinstance(callback, ConvertProgress) for callback in callbacks):
                 callbacks.insert(0, ConvertProgress(type(self).__qualname__, self._stream))

@@ -25,6 +25,16 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num_samples, generator=keyed_generator(seed, "order", epoch))
 
 
+def check_one_batch(num_samples: int, batch_size: int, world_size: int) -> None:
+    """Raises ValueError if a data set has fewer samples than one global batch."""
+    if num_samples < batch_size * world_size:
+        raise ValueError(
+            f"The training set has {num_samples} samples, fewer than one global batch of {batch_size * world_size}"
+            f" (batch_size {batch_size} on {world_size} devices): lower batch_size (of prompts: "
+            "prompts_per_update), or give more data."
+        )
+
+
 class EpochSampler:
     """Batches of one rank, from any batch of any epoch on.
 
@@ -42,12 +52,7 @@ class EpochSampler:
     def __init__(
         self, num_samples: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
-        if num_samples < batch_size * world_size:
-            raise ValueError(
-                f"The training set has {num_samples} samples, fewer than one global batch of {batch_size * world_size}"
-                f" (batch_size {batch_size} on {world_size} devices): lower batch_size (of prompts: "
-                "prompts_per_update), or give more data."
-            )
+        check_one_batch(num_samples, batch_size, world_size)
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
