@@ -68,6 +68,7 @@ class Part:
             "search": ["--probes", "4", "--held-out", "4", "--end-probes", "2"],
             "gpu_sampling": ["--repeats", "1"],
             "gpu_values": ["--repeats", "1"],
+            "gpu_cli": ["--only", "plain"],
             "gpu_compile": ["--repeats", "1", *["--backend", "eager"] * (device == "cpu")],
         }
         return few.get(self.script, [])
@@ -156,6 +157,13 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
             argv = ("--of", name)
             what = f"torch.profiler, a step of {what}"
             yield Part(f"profile_{name}", what, "gpu_profile", argv, work, waits=15.0)
+    yield Part(
+        "cli",
+        "the command line's kinds of run, the world",
+        "gpu_cli",
+        ("--limit", "90"),
+        waits=60.0,
+    )
     shapes = ("batch {half},", "batch {twice},", "K = 2", "batch {full}, K = 4")
     yield stage_2(512, "batch shapes", "_shapes", *shapes)
     repeats = 3
