@@ -202,8 +202,8 @@ class Generator(nn.Module):
 
     @property
     def null(self) -> Condition:
-        """The condition of the empty prompt with B = 1, for guidance and for backbones."""
-        return self._memory.null
+        """The condition of the empty prompt with B = 1, on the transformer's device, for guidance and for backbones."""
+        return self._memory.null_on(self.device)
 
     @property
     def text_tokens(self) -> int:

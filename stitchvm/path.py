@@ -40,6 +40,13 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def levels(t: Tensor | float, z: Tensor) -> Tensor:
+    """Returns a level as float32 with shape (B,), where the latents are; a number on the CPU makes no GPU wait."""
+    if isinstance(t, Tensor) and t.ndim:
+        return t.to(z.device, torch.float32)
+    return torch.full((len(z),), float(t), dtype=torch.float32, device=z.device)
+
+
 def expand_level(t: Tensor | float, z: Tensor, name: str = "t") -> Tensor:
     """Returns noise levels, shaped to broadcast over `z` and in the dtype of its arithmetic.
 
@@ -64,6 +71,8 @@ def expand_level(t: Tensor | float, z: Tensor, name: str = "t") -> Tensor:
             )
         return torch.full((), t, dtype=dtype, device=z.device)
     if t.ndim == 0:
+        if t.device.type == "cpu" != z.device.type:  # to be copied it would wait for the GPU
+            return torch.full((), t.item(), dtype=dtype, device=z.device)
         return t.to(device=z.device, dtype=dtype)
     if z.ndim == 0 or t.shape != z.shape[:1]:
         raise ValueError(

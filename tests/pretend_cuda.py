@@ -9,11 +9,15 @@ How: to C++ a `Pretended` tensor is on "meta" (autograd asks the driver about a 
 FakeTensorMode, which has no values besides). In Python its attribute says "cuda:0"; a function mode turns "cuda" in
 arguments into "meta", and a dispatch mode runs each operation on what the tensors hold.
 
+`waits` lists the places where the host would have waited for the GPU: a number is asked for, or a copy between host
+and device does not say `non_blocking`.
+
 Not seen: kernels that CUDA lacks or that round otherwise, autocast (it stays off), streams, memory, several devices.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +38,10 @@ BETWEEN = {aten.copy_.default, aten._to_copy.default, aten.copy.default}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # what takes no scalar of the CPU beside tensors of a GPU
 STRICT = {"cat", "stack", "mm", "bmm", "addmm", "gather", "scatter", "index_select", "embedding"}
+# what the host waits for: it needs a number, or how many there are
+WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"}
 PlainGenerator = torch.Generator
+waits: list[str] = []  # where the host has waited for the device, in this context
 attention, run_backward = F.scaled_dot_product_attention, torch.autograd._engine_run_backward
 
 
@@ -110,6 +117,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         on_gpu, named["device"] = device.type != "cpu", CPU
     if there and here and func not in BETWEEN:
         _check(func, args, here)
+    if there or (here and on_gpu):
+        _note_wait(func, args, kwargs, on_gpu and bool(here), there)
     found = func(*bare, **named)
     known = {id(x.held): x for x in there}  # what works in place returns its argument
 
@@ -119,6 +128,31 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return type(y)(map(wrapped, y)) if type(y) in (list, tuple) else y
 
     return wrapped(found) if on_gpu else found
+
+
+def _note_wait(
+    func: Any, args: tuple, kwargs: dict[str, Any], mixed: bool, there: list[Pretended]
+) -> None:
+    """Notes where the host waits for what this operation needs."""
+    name = func.overloadpacket.__name__
+    between = func in BETWEEN and (mixed or _leaves(kwargs)) and not _non_blocking(args, kwargs)
+    indexed = [x for x in args[1] if x is not None] if name in INDEXING else []
+    by_host = any(not isinstance(x, Pretended) for x in indexed)
+    counted = any(x.dtype == torch.bool for x in indexed)
+    if name in WAITING or between or by_host or counted:
+        frames = [f for f in traceback.extract_stack() if "/stitchvm/" in f.filename]
+        place = frames[-1] if frames else None
+        where = f"{place.filename.rpartition('/stitchvm/')[2]}:{place.lineno}" if place else ""
+        waits.append(f"{name} {where} {place.line if place else ''}")
+
+
+def _leaves(kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return device is not None and device.type == "cpu"
+
+
+def _non_blocking(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("non_blocking", len(args) > 2 and args[2] is True))
 
 
 def _check(func: Any, args: tuple, here: list[Tensor]) -> None:
@@ -164,6 +198,7 @@ class _Functions(TorchFunctionMode):
             func, args = Tensor.to, (args[0], CUDA)
         if args and isinstance(args[0], Pretended):
             if func in (Tensor.tolist, Tensor.__repr__, Tensor.__format__):
+                waits.append(f"{func.__name__}")
                 return func(args[0].held, *args[1:], **kwargs)
             if func in (Tensor.__getitem__, Tensor.__setitem__):
                 return func(args[0], _places(args[1]), *args[2:])
@@ -296,6 +331,7 @@ def pretend_cuda() -> Iterator[torch.device]:
     def on_gpu(self: Any, device: Any = "cpu", *args: Any, **kwargs: Any) -> None:
         initialise(self, CUDA, *args, **kwargs)
 
+    waits.clear()
     torch.__future__.set_swap_module_params_on_conversion(True)
     functions = _Functions(operations)
 

@@ -21,6 +21,7 @@ LAYERS = [
         "plots",
         "pictures",
         "interruption",
+        "deferral",
         "training_curves",
         "training_logs",
     ],

@@ -36,6 +36,12 @@ class PromptMemory:
             self._null = null_condition(self.encoders)
         return self._null
 
+    def null_on(self, device: torch.device) -> Condition:
+        """Returns the condition of the empty prompt on a device, where it is kept: it is asked for at every step."""
+        if self.null.tokens.device != device:
+            self._null = self.null.to(device)
+        return self.null
+
     def __call__(self, prompts: Sequence[str], device: torch.device) -> Condition:
         """Returns the condition of B prompts; those that are not kept are encoded in one batch.
 

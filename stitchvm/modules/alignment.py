@@ -63,7 +63,7 @@ from stitchvm.adapters.policy import Policy
 from stitchvm.generator import Generator
 from stitchvm.modules import alignment_checks as checks
 from stitchvm.modules.alignment_log import log_evaluation, report
-from stitchvm.modules.alignment_parts import AlignmentParts, levels
+from stitchvm.modules.alignment_parts import AlignmentParts
 from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
@@ -74,6 +74,7 @@ from stitchvm.modules.sharding import sharded_mark
 from stitchvm.modules.spent import Spent
 from stitchvm.modules.stages import Stages
 from stitchvm.objectives.nft import ema_decay
+from stitchvm.path import levels
 from stitchvm.rewards.base import Reward
 from stitchvm.values.parts import ValueFactory
 from stitchvm.values.terminal import TerminalFactory

@@ -21,7 +21,7 @@ from stitchvm.modules.ranks import all_agree
 from stitchvm.modules.rows import Rows
 from stitchvm.modules.sampling_parts import check_latent_space, latent_size, release
 from stitchvm.modules.sharding import shard_transformer
-from stitchvm.path import working_dtype
+from stitchvm.path import levels, working_dtype
 from stitchvm.rewards.base import NotFiniteError
 from stitchvm.samplers.sde import check_levels
 from stitchvm.schedule import sigma_grid
@@ -32,7 +32,7 @@ from stitchvm.values.terms import Scored, value_and_terms
 if TYPE_CHECKING:
     from stitchvm.modules.alignment import Alignment
 
-__all__ = ["AlignmentParts", "levels"]
+__all__ = ["AlignmentParts"]
 
 
 @dataclass
@@ -153,13 +153,6 @@ def check_equal_calls(micro_batch: int | None) -> None:
             f"model.evaluation.sampler.micro_batch = {micro_batch} with a sharded transformer: ranks with one prompt "
             "more would make one call more, and wait for ever. Set it to null and lower data.batch_size."
         )
-
-
-def levels(t: Tensor | float, z: Tensor) -> Tensor:
-    """Returns a level as float32 with shape (B,), where the latents are; a number on the CPU makes no GPU wait."""
-    if isinstance(t, Tensor) and t.ndim:
-        return t.to(z.device, torch.float32)
-    return torch.full((len(z),), float(t), dtype=torch.float32, device=z.device)
 
 
 def schedule(module: Alignment, generator: Any, size: tuple[int, int]) -> Tensor:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from stitchvm.deferral import require
+
 __all__ = ["Embedding", "NotFiniteError", "Probe", "Reward", "RewardTail", "require_finite"]
 
 
@@ -176,9 +178,12 @@ class Reward(nn.Module, ABC):
 
 def require_finite(r: Tensor, name: str) -> None:
     """Raises NotFiniteError if a reward is NaN or infinite, under the name of what computed it."""
-    bad = int((~r.isfinite()).sum())
-    if bad:
-        raise NotFiniteError(
-            f"{name}: {bad} of {len(r)} rewards are not finite (NaN or infinity). Look at "
+
+    def error() -> NotFiniteError:
+        return NotFiniteError(
+            f"{name}: {int((~finite).sum())} of {len(finite)} rewards are not finite (NaN or infinity). Look at "
             "the images or latents that came in; dtype float32 if it was float16."
         )
+
+    finite = r.isfinite()
+    require(finite, error)

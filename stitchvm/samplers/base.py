@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stitchvm.deferral import Deferred
 from stitchvm.randomness import keyed_generator
 from stitchvm.samplers.field import Field, Shared
 from stitchvm.samplers.sde import Kernel, check_levels
@@ -89,7 +90,10 @@ class Noise:
     def draw(self, proposals: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns noise with shape (P·N, proposals, C, H, W)."""
         rows = [torch.randn(proposals, *self.shape, generator=one) for one in self._streams]
-        return torch.stack(rows).to(self.device, dtype)
+        drawn = torch.stack(rows)
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            drawn = drawn.pin_memory()  # from where the copy makes nobody wait
+        return drawn.to(self.device, non_blocking=True).to(dtype)
 
     def uniforms(self, n: int) -> Tensor:
         """Returns uniforms in [0, 1) with shape (P, n), float64 on the CPU, from streams of their own."""
@@ -276,12 +280,16 @@ class Sampler(ABC):
         run = Run(field_, sigmas, noise, row, noise.draw()[:, 0] * sigmas[0])
         self.begin(run)
         records = []
+        field_.deferred = checks = Deferred()
         for k in range(len(sigmas) - 1):
-            field_.step = k
+            field_.step, before = k, len(checks)
             records.append(self.advance(run, k))
+            checks.settle(keep=len(checks) - before)  # of the steps before this one
             if on_step is not None:
                 on_step(records[-1])
-        return self._finish(run, records, final_value or value, seeds)
+        samples = self._finish(run, records, final_value or value, seeds)
+        checks.settle()
+        return samples
 
     def _finish(
         self, run: Run, records: list[Record], value: Bindable | None, seeds: Sequence[int]

@@ -17,8 +17,9 @@ All calls are in micro-batches of rows, so that many prompts × particles × pro
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 from stitchvm.backbones.base import PrefixState
+from stitchvm.deferral import Change, Deferred, require
+from stitchvm.path import levels
 from stitchvm.rewards.base import NotFiniteError
 from stitchvm.values.base import BoundValue, Part
 
@@ -62,6 +65,8 @@ class SharedVelocity:
         return replace(parts[0], u=torch.cat([part.u for part in parts]), direction=direction)
 
 
+ROWS_KEPT = 8  # kinds of rows whose conditions are kept: those of a step come again at the next
+
 # What a value leaves for the velocity at the same latents and level: each has `select`, `detach` and `cat`.
 Shared = PrefixState | SharedVelocity
 
@@ -82,6 +87,7 @@ class Field:
             "gradient".
         part: What the value runs of the velocity, if it is taken from there.
         step: The step that messages name.
+        deferred: Where checks of numbers on a GPU wait, if they may come a step late; at once if None.
     """
 
     def __init__(
@@ -101,6 +107,8 @@ class Field:
             self.cond = generator.encode_prompts(self.prompts)
         self.calls: Counter[str] = Counter()
         self.step = 0
+        self.deferred: Deferred | None = None
+        self._kept: OrderedDict[tuple[int, ...], tuple[Any, Any]] = OrderedDict()
         self.branch: Any = None
         self.depths: tuple[int, ...] = ()
         self.part: Part | None = None
@@ -128,6 +136,7 @@ class Field:
     def ask(self, value: BoundValue) -> None:
         """Changes to another value, from which no velocity is taken."""
         self.bound, self.depths, self.part = value, (), None
+        self._kept.clear()
 
     @torch.no_grad()
     def velocity(
@@ -143,8 +152,9 @@ class Field:
         """
         answers = []
         for part in self._parts(len(z)):
-            rows = torch.arange(part.start, part.stop, device=z.device)
-            state = None if prefix is None else prefix.select(rows)
+            state = prefix
+            if prefix is not None and part.stop - part.start < len(z):
+                state = prefix.select(torch.arange(part.start, part.stop, device=z.device))
             answers.append(self._velocity(z[part], t, row[part], state))
         self.calls["velocity"] += len(z)
         self.calls["continued"] += len(z) * (prefix is not None)
@@ -196,63 +206,95 @@ class Field:
 
     def _evaluate(self, z: Tensor, t: Tensor, row: Tensor) -> tuple[Tensor, Shared | None]:
         assert self.bound is not None, "a sampler asked for a value, but there is none"
-        levels = t.to(z.device).float().expand(len(z))
+        level = levels(t, z)
         states: dict[int, PrefixState] = {}
         if self.depths:
-            state = self.branch.prefix(z, levels, min(self.depths))
+            state = self.branch.prefix(z, level, min(self.depths))
             states[state.depth] = state
             while state.depth < max(self.depths):
                 state = self.branch.advance(state)
                 states[state.depth] = state
-        bound = self.bound.select(row)
+        cond, bound = self._of(row)
         shared: Shared | None = states.get(max(self.depths)) if states else None
-        try:
+        with self._telling(t, row):
             if self.part is not None:
-                v, u, direction = bound.with_velocity(z, levels, select(self.cond, row))
+                v, u, direction = bound.with_velocity(z, level, cond)
                 shared = SharedVelocity(self.part, u, direction)
             else:
-                v = bound(z, levels, states) if states else bound(z, levels)
-        except NotFiniteError as error:
-            asked = list(dict.fromkeys(self.prompts[place] for place in row.tolist()))
-            raise NotFiniteError(
-                f"step {self.step + 1}, σ = {float(t):.4g}, {self._name} of the prompts {asked[:4]}"
-                f"{' …' if len(asked) > 4 else ''}: {error} If guidance led there, lower its strength."
-            ) from error
+                v = bound(z, level, states) if states else bound(z, level)
         self.check(v[:, None], "value", t, row)
         return v, shared
+
+    @contextmanager
+    def _telling(self, t: Tensor, row: Tensor) -> Iterator[None]:
+        """Says step, level and prompts with errors of the value that come up in here, now or later."""
+        where = f"step {self.step + 1}, σ = {float(t):.4g}, {self._name}"
+
+        def told(error: Exception) -> Exception:
+            if not isinstance(error, NotFiniteError):
+                return error
+            asked = list(dict.fromkeys(self.prompts[place] for place in row.tolist()))
+            return NotFiniteError(
+                f"{where} of the prompts {asked[:4]}{' …' if len(asked) > 4 else ''}: {error} "
+                "If guidance led there, lower its strength."
+            )
+
+        try:
+            with self._collecting(told):
+                yield
+        except NotFiniteError as error:
+            raise told(error) from error
 
     def _velocity(
         self, z: Tensor, t: Tensor, row: Tensor, prefix: Shared | None
     ) -> tuple[Tensor, Tensor | None]:
-        levels = t.to(z.device).float().expand(len(z))
+        level = levels(t, z)
         if isinstance(prefix, SharedVelocity):
-            return self._completed(z, levels, row, prefix)
-        cond = select(self.cond, row)
+            return self._completed(z, level, row, prefix)
+        cond, _ = self._of(row)
         if hasattr(self.generator, "velocity_parts"):
-            return self.generator.velocity_parts(z, levels, cond, self.guidance_scale, prefix)
-        return self.generator.velocity(z, levels, cond, guidance_scale=self.guidance_scale), None
+            return self.generator.velocity_parts(z, level, cond, self.guidance_scale, prefix)
+        return self.generator.velocity(z, level, cond, guidance_scale=self.guidance_scale), None
 
     def _completed(
-        self, z: Tensor, levels: Tensor, row: Tensor, known: SharedVelocity
+        self, z: Tensor, level: Tensor, row: Tensor, known: SharedVelocity
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the velocity from what is known of it, running the branch that is missing."""
         if known.part == "whole":
             return known.u, known.direction
-        missing = select(self.cond, row) if known.part == "null" else self.generator.null
-        other = self.generator.velocity(z, levels, missing, guidance_scale=1.0)
+        missing = self._of(row)[0] if known.part == "null" else self.generator.null
+        other = self.generator.velocity(z, level, missing, guidance_scale=1.0)
         u_null, u_prompt = (known.u, other) if known.part == "null" else (other, known.u)
         return u_null + self.scale * (u_prompt - u_null), u_prompt - u_null
 
     def check(self, x: Tensor, what: str, t: Tensor, row: Tensor) -> None:
         """Raises NotFiniteError if a row of x (R, ...) is not, naming step, level, prompt and value."""
         finite = x.isfinite().all(dim=1)
-        if bool(finite.all()):
-            return
-        place = int(row[int((~finite).nonzero()[0])])
-        raise NotFiniteError(
-            f"the {what} is not finite at step {self.step + 1}, σ = {float(t):.4g}, prompt "
-            f"{self.prompts[place]!r} ({self._name}): lower the guidance strength, or run the value in float32."
-        )
+        step, name = self.step + 1, self._name
+
+        def error() -> NotFiniteError:
+            place = int(row[int((~finite).nonzero()[0])])
+            return NotFiniteError(
+                f"the {what} is not finite at step {step}, σ = {float(t):.4g}, prompt "
+                f"{self.prompts[place]!r} ({name}): lower the guidance strength, or run the value in float32."
+            )
+
+        with self._collecting():
+            require(finite, error)
+
+    def _collecting(self, change: Change | None = None) -> AbstractContextManager[None]:
+        return nullcontext() if self.deferred is None else self.deferred.collecting(change)
+
+    def _of(self, row: Tensor) -> tuple[Any, Any]:
+        """Returns the conditions of rows and the value bound to their prompts; looking them up makes a GPU wait."""
+        places = tuple(row.tolist())
+        if places not in self._kept:
+            bound = None if self.bound is None else self.bound.select(row)
+            self._kept[places] = select(self.cond, row), bound
+        self._kept.move_to_end(places)
+        while len(self._kept) > ROWS_KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[places]
 
     def _parts(self, rows: int) -> Iterator[slice]:
         size = self.micro_batch or rows

@@ -196,7 +196,8 @@ class FKSteering(Sampler):
         index = ancestors(weights.carried, uniforms, self.resampling)
         index = torch.where(drawn[:, None], index, torch.arange(n))
         weights.resample(index, drawn)
-        rows = (index + n * torch.arange(prompts)[:, None]).flatten().to(run.z.device)
+        rows = (index + n * torch.arange(prompts)[:, None]).flatten()
+        rows = rows.to(run.z.device, non_blocking=True)
         run.z = run.z[rows]
         if run.prefix is not None:
             run.prefix = run.prefix.select(rows)
@@ -208,7 +209,8 @@ class FKSteering(Sampler):
             "resampled": drawn.double(),
             "lam": lam,
         }
-        return values.gather(1, index.to(values.device)), index, info
+        kept = values.gather(1, index.to(values.device, non_blocking=True))
+        return kept, index, info
 
     def _even(self, prompts: int) -> Weights:
         return Weights.even(self.potential, self.lam, self.lam_per, prompts, self.particles)

@@ -97,7 +97,7 @@ class Kernel:
         nu = self.nu_at(k, sigmas)
         dtype = working_dtype(z, u)
         z, u = z.to(dtype), u.to(dtype)
-        dt = (sigmas[k + 1] - sigmas[k]).to(z.device)
+        dt = sigmas[k + 1] - sigmas[k]  # one number, which stays on the CPU: a copy would wait
         if nu:
             u = u - 0.5 * nu**2 * FlowPath.score(z, u, sigmas[k])
         if drift is not None:

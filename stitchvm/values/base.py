@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
+from stitchvm.deferral import require
 from stitchvm.rewards.average import score_of_average
 from stitchvm.rewards.base import Reward
 
@@ -273,6 +274,9 @@ def same_level(t: Tensor, z_t: Tensor) -> Tensor:
     t = torch.as_tensor(t, device=z_t.device).float().reshape(-1)
     if len(t) not in (1, len(z_t)):
         raise ValueError(f"got {len(t)} noise levels for {len(z_t)} latents: expected one each.")
-    if bool(((t < 0) | (t > 1)).any()):
-        raise ValueError(f"noise levels lie in [0, 1]; got {t.min():.4g} to {t.max():.4g}.")
+    inside = (t >= 0) & (t <= 1)
+    require(
+        inside,
+        lambda: ValueError(f"noise levels lie in [0, 1]; got {t.min():.4g} to {t.max():.4g}."),
+    )
     return t.expand(len(z_t))

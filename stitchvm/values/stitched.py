@@ -134,9 +134,7 @@ class BoundStitched(BoundEstimator):
 def same_null(backbone: Any, null: Any) -> bool:
     """Returns whether a backbone's null text is a given condition."""
     pairs = ((backbone.null_context, null.tokens), (backbone.null_pooled, null.pooled))
-    return all(torch.equal(a.to(b), b) for a, b in pairs if a.shape == b.shape) and all(
-        a.shape == b.shape for a, b in pairs
-    )
+    return all(a is b or (a.shape == b.shape and torch.equal(a.to(b), b)) for a, b in pairs)
 
 
 class StitchedFactory(ValueFactory):

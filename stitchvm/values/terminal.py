@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stitchvm.deferral import require
 from stitchvm.rewards.base import Reward
 from stitchvm.values.base import Generators, Value, same_level
 from stitchvm.values.parts import Parts, ValueFactory
@@ -38,11 +39,13 @@ class TerminalValue(Value):
             ValueError: If a noise level is not 0.
         """
         t = same_level(t, z_t)
-        if bool((t > 0).any()):
-            raise ValueError(
+        require(
+            t <= 0,
+            lambda: ValueError(
                 f"the terminal reward is defined at t = 0 only, but t = {t.max():.4g} came: roll out to "
                 "t = 0 first, or take a stitched, Tweedie or Monte Carlo value."
-            )
+            ),
+        )
         return self.reward.embed(self.vae.decode(z_t)).image
 
 
