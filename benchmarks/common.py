@@ -22,6 +22,7 @@ __all__ = [
     "Laps",
     "Reader",
     "autocast",
+    "chosen",
     "clock",
     "instrumented",
     "load",
@@ -37,6 +38,11 @@ __all__ = [
 ]
 
 Reader = Callable[[], float]
+
+
+def chosen(name: str, words: Sequence[str] | None) -> bool:
+    """Returns whether a name has one of the words in it, or is one: "=DPS stitched". All are chosen without words."""
+    return not words or any(w[1:] == name if w.startswith("=") else w in name for w in words)
 
 
 def parse_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import load, matmul_rate, parse_device, write
+from common import chosen, load, matmul_rate, parse_device, write
 from setups import SETUPS, Setup
 from steps import PARTS, Run, meta_tensors, reading_rate, variants
 
@@ -64,7 +64,7 @@ def variant_records(
     records: list[Record] = []
     lost: list[Record] = []
     for variant in variants(setup, args.compile):
-        if args.only and not any(word in variant.name for word in args.only):
+        if not chosen(variant.name, args.only):
             continue
         parts = per_part[variant.noise_levels]
         flops = sum(parts.values()) - (parts["vae"] if variant.cached else 0)

@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import parse_device
+from common import chosen, parse_device
 from gpu_changes import changes
 from gpu_plan import Part, parts
 from gpu_report import rate_of, ratios, rows, text
@@ -69,16 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="for all; no part goes on after"
     )
-    parser.add_argument("--only", nargs="+", help="parts whose name has one of these in it")
+    parser.add_argument(
+        "--only", nargs="+", help="parts whose name has one of these in it, or is one: =NAME"
+    )
+    parser.add_argument(
+        "--part-seconds", type=float, default=float("inf"), help="no part goes on for longer"
+    )
     parser.add_argument("--profile", action="store_true", help="profile two steps, too")
     parser.add_argument("--reduced", action="store_true", help="shrink every size")
     parser.add_argument("--list", action="store_true", help="print the parts, run nothing")
     parser.add_argument("--report", action="store_true", help="print the report, run nothing")
     args = parser.parse_args(argv)
     plan = parts(args.profile, args.reduced)
-    chosen = [p for p in plan if not args.only or any(word in p.name for word in args.only)]
+    asked = [p for p in plan if chosen(p.name, args.only)]
     if args.list:
-        print(listed(chosen))
+        print(listed(asked))
         return 0
     if args.output is None:
         raise SystemExit("gpu: give --output, a folder for the results (or --list)")
@@ -90,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "log").mkdir(exist_ok=True)
         (args.output / "log" / ".gitignore").write_text("*\n")  # they name paths of the machine
-        run(runs, chosen, 60 * args.minutes)
+        run(runs, asked, 60 * args.minutes, args.part_seconds)
     report(runs, parts(True, args.reduced))
-    return int(any(runs.states.get(p.name, {}).get("state") == "failed" for p in chosen))
+    return int(any(runs.states.get(p.name, {}).get("state") == "failed" for p in asked))
 
 
 if __name__ == "__main__":

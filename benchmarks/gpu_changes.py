@@ -62,6 +62,14 @@ def changes(results: Results) -> list[Record]:
         if r.get("compile") and (r["setup"], r["variant"]) in plain:
             before = plain[r["setup"], r["variant"]]["seconds"]
             add(f"{r['setup']}: {r['variant']}", f"blocks by {r['compile']}", before, r["seconds"])
+    updates = [r for r in every if r["benchmark"] == "training" and "seconds" in r]
+    before = {(r["setup"], r["variant"]): r for r in updates if not r.get("compile")}
+    for r in updates:
+        other = before.get((r["setup"], r["variant"]))
+        if r.get("compile") and other is not None:
+            for stage in ("seconds", "seconds_rollout", "seconds_update"):
+                what = f"{r['setup']}: {r['variant']}, {stage.replace('_', ' of ')} of {r['samples']} images"
+                add(what, f"blocks by {r['compile']}", other[stage], r[stage])
     calls = [r for r in every if r["benchmark"] == "value" and "seconds" in r]
     single = {(r["setup"], r["value"], r["gradient"]): r for r in calls if r["batch_size"] == 1}
     for r in calls:

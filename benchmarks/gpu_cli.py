@@ -4,8 +4,8 @@
 
 A run is `stitchvm` in a process of its own, in the mixed precision of the real configurations: stage 1, stage 2 with
 its resume (eager and compiled), the three ways of fine-tuning with theirs, an evaluation, and samplers. What samplers
-draw in float32 is drawn on the CPU, too, and the rewards of the images are compared: noise is keyed, so that only
-rounding tells the two apart.
+draw in float32 is drawn on the CPU, too, and the rewards of the images are compared, in units of their spread over the
+prompts: noise is keyed, so that only rounding tells the two apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse, parser, write
+from common import chosen, parse, parser, write
 
 from stitchvm.results import records_to_text
 
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--limit", type=float, default=300.0, help="seconds of a run")
     args, device = parse(made, argv)
     accelerator = {"cuda": "gpu", "cpu": "cpu"}[device.type]
-    names = [n for n in RUNS if not args.only or any(word in n for word in args.only)]
+    names = [n for n in RUNS if chosen(n, args.only)]
     jobs = [(name, accelerator) for name in names]
     if device.type == "cuda":
         jobs += [(name, "cpu") for name in names if RUNS[name][0] == ("predict",)]
@@ -164,10 +164,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             other = found.get((name, "cpu"))
             if accelerator != "cpu" and other and not record["error"] and not other["error"]:
                 here, there = (rewards(folders[name, where]) for where in (accelerator, "cpu"))
-                record["reward_difference"] = (here - there).abs().max().item()
-                record["reward_spread"] = there.std(0).min().item()
+                difference = (here - there).abs().amax(0)
+                record["difference_to_spread"] = (difference / there.std(0)).max().item()
             records.append(record)
-    columns = ("run", "commands", "seconds", "reward_difference", "reward_spread", "error")
+    columns = ("run", "commands", "seconds", "difference_to_spread", "error")
     shown = [{c: r.get(c) for c in columns} for r in records]
     print(records_to_text(shown, rows=columns, column=None))
     if args.output:

@@ -3,8 +3,8 @@
     python benchmarks/gpu_compile.py --setup sd35m_1024 --device cuda
 
 The parts are those of `sampling_steps.part_calls`, a batch of one, forward and backward to the input. "per block" is
-regional compilation: each block of transformer and tail is compiled by itself, all of one kind from one compilation.
-"whole" compiles the transformer, the prefix, the tail as one graph each. Both compile the VAE's decoder. Seconds of
+regional compilation (`stitchvm.compilation`): each block of transformer and tail is compiled by itself, all of one kind
+from one compilation. "whole" compiles the transformer, the prefix, the tail as one graph each. Both compile the VAE's decoder. Seconds of
 compilation are those of the first call beyond a later one.
 """
 
@@ -22,10 +22,11 @@ from sampling_setups import SAMPLING_SETUPS, Rig
 from sampling_steps import part_seconds
 from torch import nn
 
+from stitchvm.compilation import compile_forward
 from stitchvm.results import records_to_text
 
 Record = dict[str, Any]
-RECOMPILE = 64
+FORMS = ("eager", "per block", "whole")
 
 
 def forms(rig: Rig) -> dict[str, list[nn.Module]]:
@@ -33,22 +34,19 @@ def forms(rig: Rig) -> dict[str, list[nn.Module]]:
     model, decoder = rig.model, rig.generator.vae.network.decoder
     blocks = [*model.backbone.blocks, *model.tail.blocks]
     whole = [rig.generator.transformer, model.backbone, model.tail]
-    return {"eager": [], "per block": [*blocks, decoder], "whole": [*whole, decoder]}
+    return dict(zip(FORMS, ([], [*blocks, decoder], [*whole, decoder]), strict=True))
 
 
 @contextmanager
 def compiled(modules: Sequence[nn.Module], backend: str) -> Iterator[None]:
     """Compiles modules in place, and undoes it."""
     torch._dynamo.reset()
-    for module in modules:
-        module.compile(backend=backend)
+    compile_forward(modules, backend)
     try:
-        # a block is met under several shapes, with and without a gradient; beyond a limit it would run uncompiled
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE):
-            yield
+        yield
     finally:
         for module in modules:
-            module._compiled_call_impl = None
+            vars(module).pop("forward")
 
 
 def form_records(rig: Rig, form: str, measure: Callable[[], Any]) -> list[Record]:
@@ -77,12 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--setup", default="sd35m_1024", choices=[*SAMPLING_SETUPS])
     made.add_argument("--backend", default="inductor", help="of torch.compile")
     made.add_argument("--repeats", type=int, default=3, help="calls whose median counts")
+    made.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
     args, device = parse(made, argv)
     torch.manual_seed(0)
     setup = SAMPLING_SETUPS[args.setup]
     rig = Rig(setup.shrunk() if args.reduced and setup.real else setup, device)
     records: list[Record] = []
-    for number, (form, modules) in enumerate(forms(rig).items()):
+    every = {form: modules for form, modules in forms(rig).items() if form in args.forms}
+    for number, (form, modules) in enumerate(every.items()):
         with compiled(modules, args.backend):
             records += form_records(rig, form, partial(part_seconds, rig, args.repeats))
         if args.output:

@@ -112,19 +112,35 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
         waits = COMPILING * compiled
         return Part(name, what, "gpu_sampling", argv, work, waits, minutes=True, gpu_only=compiled)
 
-    def training(method: str) -> Part:
-        argv = ("--setup", "sd35m", "--repeats", "1", "--only", method)
-        name = f"training_{method.lower().replace('-', '')}"
-        what = f"{method} per update, terminal and stitched, 512²"
-        return Part(name, what, "training", argv, of.training("sd35m", method))
+    def training(method: str, compiled: bool = False) -> Part:
+        only = f"={method} stitched" if compiled else method
+        argv = ("--setup", "sd35m", "--repeats", "1", "--only", only)
+        argv = (*argv, *["--compile", "inductor"] * compiled)
+        name = f"training_{method.lower().replace('-', '')}{'_compiled' * compiled}"
+        what = f"{method} per update, {'stitched, compiled' if compiled else 'terminal and stitched'}, 512²"
+        work = of.training("sd35m", method, *["stitched"] * compiled)
+        return Part(name, what, "training", argv, work, COMPILING * compiled, gpu_only=compiled)
 
     shipped = ("as shipped, and cached latents", "", "batch {full}, K = 1", "K = 4, cached")
     yield Part("rate", "the device's rate of matrix products", "gpu_rate")
     yield stage_2(512, *shipped)
+    compiled_only = ("=batch {full}, K = 1, compiled", "K = 4, cached latents, compiled")
+    if not reduced:
+        yield stage_2(512, "compiled", "_compiled", *compiled_only, compiled=True)
     yield sampling(
         "guidance", "sd35m_1024", "plain, DPS and DPS + StitchVM per image, 1024²", "DPS"
     )
+    if not reduced:
+        yield sampling(
+            "guidance_compiled",
+            "sd35m_1024",
+            "plain and DPS + StitchVM, compiled",
+            "=DPS stitched",
+            compiled=True,
+        )
     yield training("NFT")
+    if not reduced:
+        yield training("NFT", compiled=True)
     yield training("DRaFT-1")
     half = str(PROBES // 2)
     argv = ("--setup", "sd35m_512", "--repeats", str(REPEATS))
@@ -133,6 +149,8 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
         "search", "stage 1 at 512²", "search", argv, of.search("sd35m_512", REPEATS), waits=5.0
     )
     yield stage_2(1024, *shipped)
+    if not reduced:
+        yield stage_2(1024, "compiled", "_compiled", compiled_only[0], compiled=True)
     sides = ("sd35m_1024", "sd35m_512")
     yield Part(
         "values",
@@ -175,17 +193,9 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
         3 * 2 * (1 + repeats) * of.all_parts("sd35m_1024"),
         waits=1.5 * COMPILING,
     )
-    # what follows adds to what is known of other sizes, or compiles, which takes a CPU too long
+    # what follows adds to what is known of other sizes
     if reduced:
         return
-    yield stage_2(512, "compiled", "_compiled", "compiled", compiled=True)
-    yield sampling(
-        "guidance_compiled",
-        "sd35m_1024",
-        "plain and DPS + StitchVM, compiled per block",
-        "DPS stitched",
-        compiled=True,
-    )
     yield sampling(
         "guidance_hpsv2", "sd35m_1024_hpsv2", "the same with HPSv2's reward (Table 1)", "DPS"
     )

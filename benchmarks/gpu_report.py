@@ -98,7 +98,10 @@ def _rows_of(records: list[Record], sizes: Mapping[str, int]) -> Iterator[Record
             n, samples = sizes[r["variant"].split()[0]], r.get("samples")
             scaled = r["seconds"] * n / samples if samples else None
             flops = r["flops"] * n if "flops" in r else None
-            yield one | {"per": f"update of {n}", "seconds": scaled, "flops": flops}
+            how = f", {r['compile']}" if r.get("compile") else ""
+            name = f"{one['what']}{how}"
+            scale = {"what": name, "per": f"update of {n}", "seconds": scaled, "flops": flops}
+            yield one | scale
         elif kind == "rate":
             yield one | {
                 "what": f"matrix product, {r['dtype']}, {r['size']}",
@@ -189,6 +192,7 @@ def _sampling(every: list[Record]) -> Iterator[Record]:
 
 def _training(every: list[Record]) -> Iterator[Record]:
     ran = [r for r in every if r["benchmark"] == "training" and "seconds" in r]
+    ran = [r for r in ran if not r.get("compile")]
     for setup in dict.fromkeys(r["setup"] for r in ran):
         found = training_ratios([r for r in ran if r["setup"] == setup])
         counted = {r["method"]: r["value"] for r in found if r["quantity"] == "FLOPs"}

@@ -69,7 +69,7 @@ def command() -> str:
     return command_line().replace("python ", "python benchmarks/", 1)
 
 
-def run(runs: Runs, plan: Sequence[Part], seconds: float) -> None:
+def run(runs: Runs, plan: Sequence[Part], seconds: float, longest: float = float("inf")) -> None:
     """Runs the parts that are not done and fit into the seconds left; on a GPU the next one is prepared meanwhile."""
     deadline = time.perf_counter() + seconds
     cuda = runs.device == "cuda"
@@ -106,7 +106,7 @@ def run(runs: Runs, plan: Sequence[Part], seconds: float) -> None:
             after = next((p for p in todo[number + 1 :] if estimate(p) <= left - needed), None)
             if cuda and after is not None:  # on a CPU it would take time from what is measured
                 ready(after)
-            limit = min(left, SHORT["limit"] if runs.reduced else part.limit)
+            limit = min(left, longest, SHORT["limit"] if runs.reduced else part.limit)
             taken, error = worker.run(limit)
             del workers[part.name]
             state = "failed" if error else "done"

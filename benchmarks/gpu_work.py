@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from common import chosen
 from setups import SETUPS
 from steps import variants
 from training_setups import TRAINING_SETUPS
@@ -52,7 +53,7 @@ class Counts:
             if r["setup"] == name and "tflop_per_image" in r
         }
         every = variants(setup, compiled)
-        measured = [v for v in every if any(word in v.name for word in only)]
+        measured = [v for v in every if chosen(v.name, only)]
         period = setup.accumulate
         cycles = 1 + max(1, STEPS // period)  # the first is not timed
         split = flops["K = 1",] * setup.batch_size * (period + max(period, STEPS))
@@ -74,7 +75,7 @@ class Counts:
             for r in self.sampling_records
             if r["setup"] == setup
             and "variant" in r
-            and (r["variant"] == "plain" or any(word in r["variant"] for word in only))
+            and (r["variant"] == "plain" or chosen(r["variant"], only))
         )
         tuning = 4 * self.part(setup, "denoiser") + 3 * self.part(setup, "decoder", True)
         return repeats * runs + (1 + repeats) * (tuning + self.all_parts(setup))
@@ -94,11 +95,11 @@ class Counts:
         image = encode + self.part(name, "denoiser") + self.part(name, "reward")
         return 2 * repeats * PROBES * float(image)
 
-    def training(self, name: str, method: str) -> float:
-        """Returns the FLOPs of short runs of a method's two ways: a warm-up of one loss, then two losses."""
+    def training(self, name: str, method: str, *values: str) -> float:
+        """Returns the FLOPs of short runs of a method's two ways, or one: a warm-up of one loss, then two losses."""
         setup, total = TRAINING_SETUPS[name], 0.0
         for r in self.training_records:
-            wanted = (f"{method} terminal", f"{method} stitched")
+            wanted = [f"{method} {value}" for value in values or ("terminal", "stitched")]
             if r["setup"] != name or r.get("variant") not in wanted:
                 continue
             stops = len(set(r["stop"]))

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import load, matmul_rate, parse_device, write
+from common import chosen, load, matmul_rate, parse_device, write
 from sampling_counts import Paper, Part, Units
 from sampling_flops import counted_parts, counted_units, meta_sampling
 from sampling_report import Outcome, part_records, ratio_records, show, variant_records
@@ -53,7 +53,7 @@ def counts(setup: SamplingSetup, only: Sequence[str] | None = None) -> Counts:
     with meta_sampling():
         rig = Rig(setup, torch.device("meta"))
         plain, *rest = variants(rig.branches == 2, setup.fk)
-        listed = [plain, *(v for v in rest if not only or any(word in v.name for word in only))]
+        listed = [plain, *(v for v in rest if chosen(v.name, only))]
         return Paper(rig), Paper(rig, rough=True), counted_parts(rig), counted_units(rig, listed)
 
 
@@ -87,9 +87,11 @@ def measure(
     if device.type != "meta":
         about["matmul_flops_per_s"] = matmul_rate(device)
         rig = Rig(setup, device)
-        if args.compile:
+        if args.compile:  # each choice, each part would be compiled for itself
             rig.compile(args.compile)
-        tuning, seconds = apart(lambda: prepare(rig, args.repeats))
+            tuning = Tuning("auto", "contiguous", rig.generator.vae.dtype, [])
+        else:
+            tuning, seconds = apart(lambda: prepare(rig, args.repeats))
         tuning.apply(rig)
         print(f"\n{setup.name}: {rig.dtypes}; attention {tuning.attention}, VAE {tuning.layout}")
         for v, outcome in outcomes.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from stitchvm.compilation import compile_forward
 from stitchvm.data.base import Batch, to_float
 from stitchvm.modules import distillation
 from stitchvm.modules.distillation import StitchDistillation
@@ -186,10 +187,8 @@ def meta_tensors() -> ExitStack:
 
 def compile_networks(module: StitchDistillation) -> None:
     """What `compile: true` does; all that is measured afterwards is compiled."""
-    model = module.value_model
-    assert model is not None
-    model.backbone.compile()
-    model.tail.compile()
+    assert module.value_model is not None
+    compile_forward(module.repeated(module.value_model))
 
 
 def reading_rate(setup: Setup, batch_size: int, workers: int) -> float:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import autocast, load, matmul_rate, parse_device, write
+from common import autocast, chosen, load, matmul_rate, parse_device, write
 from sampling_flops import meta_sampling
 from sampling_steps import in_own_process
 from training_report import SAMPLES, Record, add_times, ratio_records, show, training_record
@@ -71,12 +71,14 @@ def one(
     with meta_sampling() if meta else nullcontext():
         module = build(setup, trained, device, known.parts if known else None)
         plan = plan_of(module)
-        runs = [] if meta else timed(module, plan, args)
         if known is None:
             with no_checkpointing(module._built.generator, module._built.value):
                 model = counted_prices(module)
             run = counted_prices(module) if trained.checkpointing else model
             known = Known((model, run), module.parts if meta else None)
+        if args.compile:
+            module.generator.compile_blocks(args.compile)
+        runs = [] if meta else timed(module, plan, args)
     record = training_record(trained, plan, *known.prices, forwards_of(module, known.prices[0]))
     return record, runs, known
 
@@ -114,8 +116,7 @@ def setup_records(
     listed = trainings(args.checkpointing)
     if device.type == "meta":  # at all levels above τ, as the count beforehand has it
         listed.append(Trained("NFT", "stitched", args.checkpointing, (("fraction", 1.0),)))
-    if args.only:
-        listed = [t for t in listed if any(word in t.name for word in args.only)]
+    listed = [t for t in listed if chosen(t.name, args.only)]
     rate = 0.0 if device.type == "meta" else matmul_rate(device)
     records: list[Record] = []
     found: list[tuple[Record, list[WarmUp]]] = []
@@ -139,7 +140,7 @@ def setup_records(
         if runs:
             add_times(record, runs, rate)
             record["load"] = load()
-        records.append(about | record)
+        records.append(about | record | {"compile": args.compile})
     counted = [r for r in records if "flops" in r]
     ratios = [about | ratio for ratio in ratio_records(counted)]
     show(setup, device.type, counted, ratios)
@@ -158,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--losses", type=int, default=2, help="losses sent backwards of each way")
     parser.add_argument("--repeats", type=int, default=2, help="runs of which the fastest counts")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", help="compile the generator's blocks"
+    )
     parser.add_argument("--reduced", action="store_true", help="shrink every size")
     parser.add_argument("--output", type=Path, help="a JSON file for the records")
     parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")

@@ -24,6 +24,7 @@ from stitchvm.backbones.pipeline_text import PipelineEncoders, read_pipeline
 from stitchvm.backbones.prompts import PromptMemory
 from stitchvm.backbones.sd3 import SD3Backbone, call_sd3
 from stitchvm.backbones.text import DEFAULT_TOKENS, FAMILIES, Condition, TextEncoders
+from stitchvm.compilation import compile_forward
 from stitchvm.hub import resolve
 from stitchvm.schedule import scheduler_sigmas
 from stitchvm.vae import VAE
@@ -55,6 +56,8 @@ class Generator(nn.Module):
         vae_dtype: The VAE's dtype.
         gradient_checkpointing: Whether blocks are run again in the backward pass.
         revision: The hub revision.
+        compile: Whether to compile the transformer's blocks and the VAE's decoder with `torch.compile`: on a GPU a
+            step takes about two thirds of the time, after a minute for every kind of call.
 
     Attributes:
         id: What it was loaded from.
@@ -78,6 +81,7 @@ class Generator(nn.Module):
         vae_dtype: str = "float32",
         gradient_checkpointing: bool = False,
         revision: str | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         import diffusers
@@ -107,6 +111,8 @@ class Generator(nn.Module):
         encoders = TextEncoders(path, self.family, tokens, torch_dtype, revision)
         self._memory = PromptMemory(encoders, prompts_in_memory, prompt_cache)
         self._folder, self._pipe = folder, None
+        if compile:
+            self.compile_blocks()
 
     @classmethod
     def from_pipeline(
@@ -144,6 +150,12 @@ class Generator(nn.Module):
         self._memory = PromptMemory(encoders, prompts_in_memory)
         self._pipe = pipe
         return self
+
+    def compile_blocks(self, backend: str | None = None) -> None:
+        """Compiles the transformer's blocks and the VAE's decoder (see `stitchvm.compilation`)."""
+        blocks = [*self.transformer.transformer_blocks]
+        blocks += getattr(self.transformer, "single_transformer_blocks", [])
+        compile_forward([*blocks, self.vae.network.decoder], backend)
 
     # Sizes.
 

@@ -22,6 +22,7 @@ LAYERS = [
         "pictures",
         "interruption",
         "deferral",
+        "compilation",
         "training_curves",
         "training_logs",
     ],

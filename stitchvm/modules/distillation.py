@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from stitchvm.backbones.base import Backbone
+from stitchvm.compilation import compile_forward
 from stitchvm.data.module import DataModule
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.sharding import full_state, shard_value_model
@@ -63,7 +64,8 @@ class StitchDistillation(LeanCheckpoint):
         warmup_steps: Steps of linear warm-up from 0.
         decay: What follows: "none" (the paper's constant rate) or "linear" to 0 at the end of training.
         fused: Whether to use the fused AdamW kernel; where it exists if None.
-        compile: Whether to compile backbone and tail with `torch.compile`.
+        compile: Whether to compile VAE, teacher, backbone and tail, block by block, with `torch.compile`: on a GPU a
+            step takes about half as long, after a minute or two.
         search_js: The reward blocks j of stage 1.
         search_criterion: "feature" (the paper's) or "embedding".
         num_probes: The images stage 1 fits.
@@ -241,8 +243,12 @@ class StitchDistillation(LeanCheckpoint):
         if self.device_mesh is not None:
             shard_value_model(model, self.device_mesh["data_parallel"])
         if self.compile_networks:
-            model.backbone.compile()
-            model.tail.compile()
+            compile_forward(self.repeated(model))
+
+    def repeated(self, model: StitchedValueModel) -> list[nn.Module]:
+        """Returns what is worth compiling: the blocks of all networks of a step, and the VAE's encoder."""
+        blocks = [*getattr(model.backbone, "blocks", []), *getattr(model.tail, "blocks", [])]
+        return [*blocks, *self.teacher.repeated(), self.vae.network.encoder]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a larger learning rate on s_ψ and a linear warm-up (Appendix D.1)."""

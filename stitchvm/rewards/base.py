@@ -171,6 +171,10 @@ class Reward(nn.Module, ABC):
         """Frees what looks at images, where the reward knows how to; texts are encoded and embeddings scored still."""
         return None
 
+    def repeated(self) -> list[nn.Module]:
+        """Returns the blocks of the network that looks at images, for `compile_forward`; none by default."""
+        return []
+
     def forward(self, pixels: Tensor, text: Tensor | None = None) -> Tensor:
         """Returns r(pixels) with shape (B,), differentiable in the pixels."""
         return self.score(self.embed(pixels).image, text)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stitchvm.rewards.attention import unify_attention
 from stitchvm.rewards.base import Embedding, Probe, Reward, require_finite
@@ -128,6 +128,10 @@ class OpenCLIPReward(Reward):
             )
         with present(self.visual, device, self.parked):
             yield self.visual
+
+    def repeated(self) -> list[nn.Module]:
+        """Returns the blocks of the vision tower, for `compile_forward`."""
+        return [] if self.visual is None else list(self.visual.transformer.resblocks)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """Resizes and normalises pixels (B, 3, H, W) in [0, 1] to the tower's input, float32.
