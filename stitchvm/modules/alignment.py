@@ -292,12 +292,13 @@ class Alignment(LeanCheckpoint):
         warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
 
     def configure_model(self) -> None:
-        """Builds the networks once."""
+        """Builds the networks once; prompts, if they are few, are encoded before the value's networks are there."""
         if self.parts is not None:
             return
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        self.parts = AlignmentParts.build(self, device, mesh)
+        data = None if self._trainer is None else self.trainer.datamodule
+        self.parts = AlignmentParts.build(self, device, mesh, data)
         self.stages = Stages(device)
         self.trained.extend(self.parts.policy.parameters().values())
         self.mark = None if mesh is None else sharded_mark(mesh)
@@ -314,10 +315,6 @@ class Alignment(LeanCheckpoint):
             list(self.trained), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
         )
         return {"optimizer": optimizer, "lr_scheduler": warm_up(optimizer, self.warmup_steps)}
-
-    def on_fit_start(self) -> None:
-        """Encodes the prompts, if they are few, and frees the text encoders."""
-        self._built.encode_ahead(self.trainer.datamodule, self.prompts_ahead)
 
     # -- an update -------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ them, and every checkpoint would have to leave them out again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from stitchvm.path import levels, working_dtype
 from stitchvm.rewards.base import NotFiniteError
 from stitchvm.samplers.sde import check_levels
 from stitchvm.schedule import sigma_grid
+from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import Value
 from stitchvm.values.parts import Parts
 from stitchvm.values.terms import Scored, value_and_terms
@@ -58,33 +60,47 @@ class AlignmentParts:
     sharded: bool
 
     @classmethod
-    def build(cls, module: Alignment, device: torch.device, mesh: Any = None) -> AlignmentParts:
+    def build(
+        cls, module: Alignment, device: torch.device, mesh: Any = None, data: Any = None
+    ) -> AlignmentParts:
         """Builds the parts of a module.
 
         Arguments:
             module: The module.
             device: Where they go.
             mesh: The ranks that the transformer is sharded over, if it is.
+            data: The data module, whose prompts are encoded before anything else is there beside the generator.
 
         Raises:
+            FileNotFoundError: If something cannot be found.
             ValueError: If they do not go together.
         """
         # Lightning makes the GPU the default device of new tensors here: what waits in CPU memory would be loaded
         # there, levels that are read one by one would lie there
         with torch.device("cpu"):
-            return cls._build(module, device, mesh)
+            return cls._build(module, device, mesh, data)
 
     @classmethod
-    def _build(cls, module: Alignment, device: torch.device, mesh: Any) -> AlignmentParts:
+    def _build(
+        cls, module: Alignment, device: torch.device, mesh: Any, data: Any
+    ) -> AlignmentParts:
+        for (
+            path
+        ) in module.value_factory.sources().values():  # what is wrong is said before work begins
+            StitchedValueModel.read(path)
         parts = Parts(module.reward_factory, module.generator_factory)
         generator: Any = parts.generator
         generator.to(device)  # before a value borrows its weights
         size = latent_size(generator, module.size)
+        prompts = prompts_of(data)
+        encode_ahead(generator, prompts, module.prompts_ahead)
         value = module.value_factory(parts).to(device)  # before adapters are there, to be hashed
         check_latent_space(value, generator)
         held_out = HeldOut(
             module.evaluation, parts, module.reward_factory, device, size, module.seed
         )
+        if prompts:
+            held_out.judges.check_prompts(prompts[-1])
         release(value, None, held_out.judges)
         total = sum(p.numel() for p in generator.transformer.parameters())
         policy = module.policy_factory(generator.transformer, copies=module.copies)
@@ -129,21 +145,20 @@ class AlignmentParts:
             found = None
         return found or Scored(z.float().flatten(1).sum(1) * torch.nan)
 
-    def encode_ahead(self, data: Any, limit: int) -> None:
-        """Encodes the prompts of a data module and frees the text encoders, if there are at most `limit` prompts.
 
-        Raises:
-            ValueError: If the checker cannot read a held-out prompt.
-        """
-        sets = [getattr(data, name, None) for name in ("train_data", "val_data")]
-        known = [list(each.prompts) for each in sets if each is not None]
-        if known:
-            self.held_out.judges.check_prompts(known[-1])
-        distinct = list(dict.fromkeys(prompt for each in known for prompt in each))
-        if distinct and len(distinct) <= limit:
-            rank_zero_info(f"encoding {len(distinct)} prompts")
-            with torch.no_grad():
-                self.generator.encode_ahead(distinct)
+def prompts_of(data: Any) -> list[list[str]]:
+    """Returns the prompts of a data module's sets, those it is trained on before those that are held out."""
+    sets = [getattr(data, name, None) for name in ("train_data", "val_data")]
+    return [list(each.prompts) for each in sets if each is not None]
+
+
+def encode_ahead(generator: Any, prompts: Sequence[Sequence[str]], limit: int) -> None:
+    """Encodes prompts and frees the text encoders, if there are at most `limit` distinct ones."""
+    distinct = list(dict.fromkeys(prompt for each in prompts for prompt in each))
+    if distinct and len(distinct) <= limit:
+        rank_zero_info(f"encoding {len(distinct)} prompts")
+        with torch.no_grad():
+            generator.encode_ahead(distinct)
 
 
 def check_equal_calls(micro_batch: int | None) -> None:
