@@ -110,6 +110,28 @@ def test_prompts_are_encoded_ahead_if_they_are_few(tmp_path):
     assert not hasattr(module.generator, "encoded")
 
 
+def test_prompts_are_encoded_before_the_value_is_there(tmp_path):
+    """The text encoders are the largest of all networks: those of the value need not lie beside them."""
+    module, seen = draft(), []
+    make, sources = module.value_factory, module.value_factory.sources
+
+    class Late(type(make)):
+        def __call__(self, parts):
+            seen.append(parts.generator.encoded)
+            return make(parts)
+
+        def sources(self):
+            return sources() | {"value_model": str(tmp_path / path)} if path else sources()
+
+    module.value_factory, path = Late.__new__(Late), None
+    runs.fit(module, tmp_path, max_steps=1)
+    assert seen == [runs.PROMPTS]
+    module.parts, path = None, "nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere"):  # before anything is encoded
+        runs.fit(module, tmp_path, max_steps=1)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lora_on_a_transformer_is_trained_and_exported(precision, tiny_sd3, tiny_clip, tmp_path):
     dtype = "bfloat16" if precision == "bf16-mixed" else "float32"
