@@ -43,6 +43,7 @@ def report(runs: Runs, plan: Sequence[Part]) -> None:
     }
     records = [{"summary": kind, **record} for kind, every in kinds.items() for record in every]
     extra = {"matmul_flops_per_s": rate, "reduced": runs.reduced, "device": runs.device}
+    extra |= runs.about  # of where it was measured, not of where the report is made
     write_results(
         runs.folder / "summary.json", records, command=command(), overwrite=True, extra=extra
     )

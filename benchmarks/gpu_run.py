@@ -28,6 +28,10 @@ class Runs:
         device: "cpu" or "cuda".
         reduced: Whether sizes are shrunk.
 
+    Attributes:
+        states: What has become of every part.
+        about: The machine and versions of the last run.
+
     Raises:
         SystemExit: If the folder holds results of another kind.
     """
@@ -35,9 +39,12 @@ class Runs:
     def __init__(self, folder: Path, device: str, reduced: bool) -> None:
         self.folder, self.device, self.reduced = folder, device, reduced
         self.states: dict[str, Record] = {}
+        self.about: Record = {}
         path = folder / STATES
         if path.is_file():
-            for record in read_results(path)["records"]:
+            known = read_results(path)
+            self.about = {key: known[key] for key in ("machine", "versions")}
+            for record in known["records"]:
                 if (record["device"], record["reduced"]) != (device, reduced):
                     kind = f"{'reduced ' * record['reduced']}results on {record['device']}"
                     raise SystemExit(f"gpu: {folder} holds {kind}; give another --output")
@@ -55,6 +62,7 @@ class Runs:
         self.states[part.name] = record | more
         path = self.folder / STATES
         write_results(path, self.states.values(), command=command(), overwrite=True)
+        self.about = {key: read_results(path)[key] for key in ("machine", "versions")}
         seconds = f" {more['seconds']:.0f} s" if "seconds" in more else ""
         print(f"{part.name}: {state}{seconds}{f' ({message})' if message else ''}", flush=True)
 

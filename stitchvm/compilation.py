@@ -23,7 +23,7 @@ BACKEND = "inductor"
 KINDS = 64
 
 
-def compile_forward(modules: Iterable[nn.Module], backend: str | None = None) -> None:
+def compile_forward(modules: Iterable[nn.Module], backend: bool | str = True) -> None:
     """Compiles the forward pass of modules, in place; what is compiled already stays.
 
     State dicts, hooks (those of FSDP2 among them) and adapters stay as they are, and a copy of a module runs with its
@@ -31,14 +31,15 @@ def compile_forward(modules: Iterable[nn.Module], backend: str | None = None) ->
 
     Arguments:
         modules: The modules, each a whole graph.
-        backend: That of `torch.compile`; inductor by default.
+        backend: That of `torch.compile` by name; True for inductor.
     """
+    backend = BACKEND if backend is True else str(backend)
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, KINDS)
     for module in modules:
         if "forward" not in vars(module):
             cls: Any = type(module)
-            forward: Any = partial(_compiled(cls, backend or BACKEND), module)
+            forward: Any = partial(_compiled(cls, backend), module)
             module.forward = forward
 
 

@@ -87,6 +87,8 @@ def test_two_processes_with_fsdp2_equal_one_and_checkpoints_are_exchanged(make, 
     assert not any(key.startswith(("teacher.", "vae.")) for key in half["state_dict"])
     make("fsdp")  # goes on with one process
     assert_close(single, fit(root, "--ckpt_path", "last"))
+    compiled = make("compiled", batch_size=2, strategy=FSDP2, compile="aot_eager")
+    assert_close(single, fit(compiled))
     root = make("ddp_first", batch_size=2, strategy="ddp", max_steps=2)
     fit(root)
     make("ddp_first", batch_size=2, strategy=FSDP2)
