@@ -13,13 +13,13 @@ Record = dict[str, Any]
 Results = Mapping[str, list[Record]]  # records by part
 
 
-def shipped(records: Sequence[Record]) -> Record | None:
-    """Returns the variant of stage 2 that is the shipped configuration, of the real or the reduced size."""
+def shipped(records: Sequence[Record], compiled: bool = False) -> Record | None:
+    """Returns the variant of stage 2 that has the shipped sizes, real or reduced; the shipped ones are compiled."""
     for r in records:
         setup = SETUPS[r["setup"]]
         sizes = {setup.batch_size, setup.shrunk().batch_size}
-        other = r["cached_latents"] or r["compile"] or r["noise_levels"] != setup.noise_levels
-        if r["batch_size"] in sizes and not other:
+        other = r["cached_latents"] or r["noise_levels"] != setup.noise_levels
+        if r["batch_size"] in sizes and not other and r["compile"] == compiled:
             return r
     return None
 

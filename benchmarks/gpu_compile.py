@@ -4,8 +4,8 @@
 
 The parts are those of `sampling_steps.part_calls`, a batch of one, forward and backward to the input. "per block" is
 regional compilation (`stitchvm.compilation`): each block of transformer and tail is compiled by itself, all of one kind
-from one compilation. "whole" compiles the transformer, the prefix, the tail as one graph each. Both compile the VAE's decoder. Seconds of
-compilation are those of the first call beyond a later one.
+from one compilation. "whole" compiles the transformer, the prefix, the tail as one graph each. Both compile the VAE's
+decoder. Seconds of compilation are those of the first call beyond a later one.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
         work = of.training("sd35m", method, *["stitched"] * compiled)
         return Part(name, what, "training", argv, work, COMPILING * compiled, gpu_only=compiled)
 
-    shipped = ("as shipped, and cached latents", "", "batch {full}, K = 1", "K = 4, cached")
+    shipped = ("uncompiled, and cached latents", "", "batch {full}, K = 1", "K = 4, cached")
     yield Part("rate", "the device's rate of matrix products", "gpu_rate")
     yield stage_2(512, *shipped)
     compiled_only = ("=batch {full}, K = 1, compiled", "K = 4, cached latents, compiled")

@@ -1,7 +1,8 @@
-"""Puts figures of results/ into docs/results.md, docs/rehearsal.md and the README: `python benchmarks/readme.py`."""
+"""Puts figures of results/ into pages of docs/ and the README: `python benchmarks/readme.py`."""
 
 from __future__ import annotations
 
+import page_gpu
 import page_rehearsal
 import page_sampling
 import page_training
@@ -17,6 +18,9 @@ def main() -> None:
         fill(PAGE, name, page.section())
         fill(README, name, page.summary())
     fill(page_rehearsal.PAGE, "full", page_rehearsal.section())
+    fill(README, "speed", page_gpu.summary())
+    for name, body in page_gpu.sections().items():
+        fill(page_gpu.PAGE, name, body)
 
 
 if __name__ == "__main__":

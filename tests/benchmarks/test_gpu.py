@@ -261,7 +261,7 @@ def test_everything_at_reduced_size(tmp_path, capsys, monkeypatch):
         assert row["utilisation"] == pytest.approx(floor / row["seconds"])
     names = {r["ratio"] for r in summary["records"] if r["summary"] == "ratio"}
     assert names >= {
-        "distillation as shipped: utilisation",
+        "distillation uncompiled: utilisation",
         "roll-out: utilisation",
         "fastest Tweedie / stitched: time",
         "stitched / fastest Tweedie: memory",
