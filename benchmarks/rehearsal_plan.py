@@ -115,6 +115,11 @@ def _side(much: Sizes, *keys: str) -> list[str]:
     return [] if much.side is None else [f"--{key}={much.side}" for key in keys]
 
 
+def _uncompiled(much: Sizes, key: str) -> list[str]:
+    """A step on a CPU is shorter than its compilation."""
+    return [f"--{key}=false"] if much.accelerator == "cpu" else []
+
+
 def _resumed(
     name: str, base: Sequence[str], more: Sequence[str], overlay: Path
 ) -> tuple[tuple[str, ...], ...]:
@@ -131,6 +136,7 @@ def _resumed(
 def _distillation(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Plan:
     more = [
         *_side(much, "data.resolution"),
+        *_uncompiled(much, "model.compile"),
         f"--data.batch_size={much.batch}",
         "--data.num_workers=0",
         "--data.val_size=12",
@@ -160,6 +166,7 @@ def _distillation(name: str, base: Sequence[str], much: Sizes, overlay: Path) ->
 def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Plan:
     more = [
         *_side(much, "model.height", "model.width"),
+        *_uncompiled(much, "model.generator.init_args.compile"),
         f"--model.micro_batch={much.batch}",
         f"--model.group_size={1 if name.startswith('draft') else 2}",
         "--data.prompts_per_update=2",

@@ -10,14 +10,17 @@ than `KINDS` the rest runs uncompiled. Values change in their last digits only.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["compile_forward"]
+__all__ = ["compile_forward", "require_compiler"]
 
 BACKEND = "inductor"
 KINDS = 64
@@ -41,6 +44,27 @@ def compile_forward(modules: Iterable[nn.Module], backend: bool | str = True) ->
             cls: Any = type(module)
             forward: Any = partial(_compiled(cls, backend), module)
             module.forward = forward
+
+
+def require_compiler(backend: bool | str) -> None:
+    """Raises ValueError if there is nothing to compile with, before networks are loaded.
+
+    Arguments:
+        backend: What `compile` says: False, True, or a backend.
+    """
+    if backend is False or (BACKEND if backend is True else backend) != "inductor":
+        return
+    missing = []
+    names = (os.environ.get("CC", ""), os.environ.get("CXX", ""), "cc", "gcc", "clang", "cl")
+    if not any(shutil.which(name) for name in names if name):
+        missing.append("a C compiler (gcc or clang; CC names another)")
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        missing.append("the package triton")
+    if missing:
+        raise ValueError(
+            f"compile: true needs {' and '.join(missing)}, which this machine does not have: install it, or say "
+            "compile: false, which is slower and does the same."
+        )
 
 
 @cache

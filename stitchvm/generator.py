@@ -24,7 +24,7 @@ from stitchvm.backbones.pipeline_text import PipelineEncoders, read_pipeline
 from stitchvm.backbones.prompts import PromptMemory
 from stitchvm.backbones.sd3 import SD3Backbone, call_sd3
 from stitchvm.backbones.text import DEFAULT_TOKENS, FAMILIES, Condition, TextEncoders
-from stitchvm.compilation import compile_forward
+from stitchvm.compilation import compile_forward, require_compiler
 from stitchvm.hub import resolve
 from stitchvm.schedule import scheduler_sigmas
 from stitchvm.vae import VAE
@@ -67,7 +67,7 @@ class Generator(nn.Module):
 
     Raises:
         FileNotFoundError: If the model cannot be found.
-        ValueError: If it is of neither family.
+        ValueError: If it is of neither family, or there is nothing to compile with.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Generator(nn.Module):
         super().__init__()
         import diffusers
 
+        require_compiler(compile)
         torch_dtype = parse_dtype(dtype)
         folder = resolve(path, allow_patterns=_WEIGHTS, revision=revision)
         class_name = read_model_class(path, folder)

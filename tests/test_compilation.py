@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from stitchvm import compilation
 from stitchvm.adapters.lora import PolicyAdapters
-from stitchvm.compilation import compile_forward
+from stitchvm.compilation import compile_forward, require_compiler
 from stitchvm.generator import Generator
 from stitchvm.rewards.clip import CLIPReward
 
@@ -101,3 +101,21 @@ def test_a_copy_runs_with_its_own_weights(tiny_clip: Path) -> None:
     for weight in reward.parameters():
         torch.nn.init.zeros_(weight)
     assert not torch.equal(tail.blocks[0](x), x)
+
+
+def test_a_missing_compiler_is_said_before_anything_is_loaded(
+    tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_compiler(True)  # traced: needs none
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    require_compiler(False)
+    require_compiler("aot_eager")
+    with pytest.raises(ValueError, match=r"needs a C compiler .* compile: false"):
+        Generator("nowhere", compile=True)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: name if name == "gcc" else None)
+    require_compiler(True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package triton, which"):
+        require_compiler("inductor")

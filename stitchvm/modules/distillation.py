@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import Backbone
-from stitchvm.compilation import compile_forward
+from stitchvm.compilation import compile_forward, require_compiler
 from stitchvm.data.module import DataModule
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.sharding import full_state, shard_value_model
@@ -178,6 +178,7 @@ class StitchDistillation(LeanCheckpoint):
         """Decides the stitch point and fits the closed-form map, before any weight is made."""
         if self.value_model is not None:
             return
+        require_compiler(self.compile_networks)
         if stage != "fit":  # `validate` of a run whose stitch point stage 1 chose
             found = self._run_folder() / SEARCH_FILE
             if self.stitch_point is None and found.is_file():
