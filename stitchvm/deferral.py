@@ -72,6 +72,15 @@ class Deferred:
         finally:
             _collector.reset(token)
 
+    @contextmanager
+    def coming_first(self) -> Iterator[None]:
+        """Raises the error of a check that was put off instead of one that comes up in here: it may be its cause."""
+        try:
+            yield
+        except Exception:
+            self.settle()
+            raise
+
     def settle(self, keep: int = 0) -> None:
         """Looks at what was put off, but for the latest `keep`, and raises the error of the oldest that failed."""
         while len(self._waiting) > keep:

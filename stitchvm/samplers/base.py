@@ -283,11 +283,13 @@ class Sampler(ABC):
         field_.deferred = checks = Deferred()
         for k in range(len(sigmas) - 1):
             field_.step, before = k, len(checks)
-            records.append(self.advance(run, k))
+            with checks.coming_first():
+                records.append(self.advance(run, k))
             checks.settle(keep=len(checks) - before)  # of the steps before this one
             if on_step is not None:
                 on_step(records[-1])
-        samples = self._finish(run, records, final_value or value, seeds)
+        with checks.coming_first():
+            samples = self._finish(run, records, final_value or value, seeds)
         checks.settle()
         return samples
 

@@ -65,7 +65,7 @@ class SharedVelocity:
         return replace(parts[0], u=torch.cat([part.u for part in parts]), direction=direction)
 
 
-ROWS_KEPT = 8  # kinds of rows whose conditions are kept: those of a step come again at the next
+ROWS_KEPT = 64  # places of rows that are kept where they are needed: those of a step come again at the next
 
 # What a value leaves for the velocity at the same latents and level: each has `select`, `detach` and `cat`.
 Shared = PrefixState | SharedVelocity
@@ -108,7 +108,7 @@ class Field:
         self.calls: Counter[str] = Counter()
         self.step = 0
         self.deferred: Deferred | None = None
-        self._kept: OrderedDict[tuple[int, ...], tuple[Any, Any]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, ...], tuple[Tensor, Any]] = OrderedDict()
         self.branch: Any = None
         self.depths: tuple[int, ...] = ()
         self.part: Part | None = None
@@ -290,11 +290,13 @@ class Field:
         places = tuple(row.tolist())
         if places not in self._kept:
             bound = None if self.bound is None else self.bound.select(row)
-            self._kept[places] = select(self.cond, row), bound
+            tokens = getattr(self.cond, "tokens", row)
+            self._kept[places] = row.to(tokens.device), bound
         self._kept.move_to_end(places)
         while len(self._kept) > ROWS_KEPT:
             self._kept.popitem(last=False)
-        return self._kept[places]
+        there, bound = self._kept[places]
+        return select(self.cond, there), bound
 
     def _parts(self, rows: int) -> Iterator[slice]:
         size = self.micro_batch or rows
@@ -315,4 +317,4 @@ def select(cond: Any, row: Tensor) -> Any:
     """Returns the conditions of rows; None stays None."""
     if cond is None:
         return None
-    return cond[row.cpu()] if isinstance(cond, Tensor) else cond.select(row.to(cond.tokens.device))
+    return cond[row.cpu()] if isinstance(cond, Tensor) else cond.select(row)

@@ -11,6 +11,7 @@ import torch
 
 from stitchvm.deferral import Deferred, require
 from stitchvm.rewards.base import NotFiniteError
+from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.guidance import GuidedSampler
 from tests.pretend_cuda import pretend_cuda, waits
 from tests.test_fake_devices import PROMPTS, SAMPLERS, on, value_folder  # noqa: F401
@@ -61,8 +62,8 @@ def test_errors_name_the_step_that_they_come_from(on: Callable[[str], Any]) -> N
     def messages(device: str) -> list[str]:
         generator, values = on(device)
         found = []
-        for broken in ("latent", "value"):
-            sampler = Breaking(num_steps=4, mode="raw", broken=broken)
+        samplers: list[Any] = [Breaking(b, num_steps=4, mode="raw") for b in ("latent", "value")]
+        for sampler in (*samplers, Blurred(2, num_steps=4, resample_every=1, resample_from=1)):
             with pytest.raises(NotFiniteError) as caught:
                 sampler(generator, PROMPTS, values["shared"])
             found.append(str(caught.value))
@@ -72,7 +73,16 @@ def test_errors_name_the_step_that_they_come_from(on: Callable[[str], Any]) -> N
     with pretend_cuda():
         there = messages("cuda")
     assert there == here
-    assert "the latent is not finite at step 2" in here[0] and "step 2," in here[1]
+    assert "the latent is not finite at step 2" in here[0]
+    assert "step 2," in here[1] and "step 2," in here[2]  # not that weights are no weights
+
+
+class Blurred(FKSteering):
+    """FK steering whose second step begins at latents that are not finite."""
+
+    def advance(self, run: Any, k: int) -> Any:
+        run.z = run.z * torch.inf if k == 1 else run.z
+        return super().advance(run, k)
 
 
 class Breaking(GuidedSampler):
