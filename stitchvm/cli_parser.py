@@ -8,11 +8,14 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 __all__ = ["StitchParser", "condensed"]
+
+YAML_TEXT = '"<unicode string>"'  # what YAML calls a file that somebody else has read
 
 
 def condensed(message: str) -> str:
@@ -62,6 +65,20 @@ def did_you_mean(
     return f"; expected one of {', '.join(sorted(known))}"
 
 
+def with_file(message: str, error: BaseException | None) -> str:
+    """Returns a message of YAML's with the name of the file that it is about, which it does not know."""
+    if YAML_TEXT not in message:
+        return message
+    named = ""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            places = [frame.f_locals.get(name) for name in ("path", "cfg_path")]
+            paths = [str(p) for p in places if isinstance(p, (str, os.PathLike))]
+            named = next((p for p in paths if p and Path(p).is_file()), named)
+        error = error.__cause__ or error.__context__
+    return message.replace(YAML_TEXT, named) if named else message
+
+
 class StitchParser(LightningArgumentParser):
     """A parser whose errors are short: what was wrong, not every type that was tried."""
 
@@ -70,8 +87,9 @@ class StitchParser(LightningArgumentParser):
         if os.environ.get("JSONARGPARSE_DEBUG") and ex is not None:
             raise ex
         hint = did_you_mean(str(message), ex, self)
-        sys.stderr.write(f"stitchvm: error: {condensed(str(message))}{hint}\n")
+        text = with_file(condensed(str(message)), ex)
+        sys.stderr.write(f"stitchvm: error: {text}{hint}\n")
         sys.stderr.write(
-            "(all options: stitchvm COMMAND --help; the trace: JSONARGPARSE_DEBUG=1)\n"
+            "(all options: stitchvm COMMAND --help; the trace: JSONARGPARSE_DEBUG=true)\n"
         )
         raise SystemExit(2)

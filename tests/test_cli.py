@@ -92,6 +92,22 @@ def test_a_careless_command_is_one_message(capsys, tmp_path, words, expected):
     assert not (root / "checkpoints").exists() and not (root / "images").exists()
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_mistake_in_yaml_names_its_file_and_line(capsys, tmp_path, nested):
+    broken, whole = tmp_path / "broken.yaml", tmp_path / "whole.yaml"
+    broken.write_text("path: [world:sd3,\ndtype: float32\n")
+    whole.write_text(
+        "model:\n  class_path: stitchvm.modules.draft.DRaFT\n"
+        f"  init_args:\n    generator: {broken}\n"
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(whole if nested else broken)])
+    assert exit_.value.code == 2
+    found = capsys.readouterr().err
+    assert "broken.yaml, line 3, column 1" in found and "unicode string" not in found
+    assert "JSONARGPARSE_DEBUG=true" in found  # jsonargparse refuses 1
+
+
 @pytest.mark.parametrize("command", [("fit", DISTIL), ("predict", PLAIN), ("search", DISTIL)])
 def test_a_run_folder_that_cannot_be_is_said_before_the_work(capsys, tmp_path, command):
     (tmp_path / "file").write_text("mine")
