@@ -1,4 +1,4 @@
-"""All GPU benchmarks at real sizes, random weights, as one command of ten minutes on one H200 or an 80 GB H100.
+"""All GPU benchmarks at real sizes, random weights, as one command, nine minutes at a time, on one H200 or 80 GB H100.
 
     PYTHONPATH=. python benchmarks/gpu.py --output results/h200                 all that fits into --minutes
     PYTHONPATH=. python benchmarks/gpu.py --output results/h200 --profile       with profiles of two steps
@@ -8,8 +8,9 @@
 
 Parts are run one after the other, the most important first, each in a process of its own with a time limit, and each
 writes its own results file: what fails costs its own numbers only. A part that does not fit into the minutes left is
-skipped, and says so; the same command again goes on with what is missing. In the end one table, the ratios with their
-aims, and what each variant changes are printed, and kept as summary.json and summary.txt.
+skipped, and says so; the same command again goes on with what is missing: all of it is about twenty minutes. In the end
+one table, the ratios with their aims, and what each variant changes are printed, and kept as summary.json and
+summary.txt.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from importlib.util import find_spec
@@ -37,6 +38,10 @@ def compile_forward(modules: Iterable[nn.Module], backend: bool | str = True) ->
         backend: That of `torch.compile` by name; True for inductor.
     """
     backend = BACKEND if backend is True else str(backend)
+    # diffusers looks its versions up in a cached function
+    warnings.filterwarnings(
+        "ignore", message=r"Dynamo detected a call to a `functools\.lru_cache`"
+    )
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, KINDS)
     for module in modules:
