@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from stitchvm import api
 from stitchvm.hub import resolve
 from stitchvm.modules.judges import Judges
 from stitchvm.rewards.base import Reward
@@ -136,19 +137,7 @@ def latent_size(generator: Any, pixels: tuple[int, int] | None) -> tuple[int, in
     Raises:
         ValueError: If the size is no multiple of a token's, or too large for the generator.
     """
-    if pixels is None:
-        return generator.default_size
-    factor = generator.vae.factor
-    step = factor * generator.patch
-    if any(side % step for side in pixels):
-        near = [max(round(side / step), 1) * step for side in pixels]
-        raise ValueError(
-            f"model.height = {pixels[0]}, model.width = {pixels[1]}: expected multiples of {step} for {generator.id}, "
-            f"such as {near[0]} and {near[1]}."
-        )
-    size = pixels[0] // factor, pixels[1] // factor
-    generator.check_size(size)
-    return size
+    return api.latent_size(generator, *(pixels or (None, None))) or generator.default_size
 
 
 def check_latent_space(value: nn.Module, generator: Any) -> None:
