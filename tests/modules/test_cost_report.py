@@ -98,6 +98,14 @@ def test_fake_tensors_count_the_same(made, stitched):
     assert counted_prices(module) == counted_prices(module, fake=True)
 
 
+@pytest.mark.parametrize("fake", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_blocks_count_the_same(made, fake):
+    module = made(DiffusionNFT, group_size=2)
+    prices = counted_prices(module)
+    module.generator.compile_blocks("aot_eager")
+    assert counted_prices(module, fake) == prices
+
+
 def test_what_is_run_again_is_no_work_of_the_model(made):
     module, plain = (made(DRaFT, gradient_checkpointing=again) for again in (True, False))
     model, run, why = counted(module, idle=True)
