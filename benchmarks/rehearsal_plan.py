@@ -23,6 +23,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 ORDER = ("distill_", "plain_", "bon_", "dps_", "fks_", "eval_", "draft", "grpo_", "nft_")
 WORLD = "world"
 STITCH_POINT = "[4,1]"  # where stage 1 cannot be run
+SHORTER = {  # roll-outs of fewer steps
+    "nft_stitched": ("--model.num_steps=10", "--model.stop=[5,7]"),
+    "nft": ("--model.num_steps=8",),
+    "grpo_fast": ("--model.num_steps=6", "--model.window=2", "--model.bounds=[0,3]"),
+    "grpo": ("--model.num_steps=6", "--model.window=2"),
+}
 CHECKPOINTS: dict[str, Any] = {
     "trainer": {
         "callbacks": [
@@ -178,6 +184,8 @@ def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Pl
     ]
     if name.startswith("nft"):
         more += ["--model.rollout_batch=4", "--model.fraction=0.2"]  # of the levels of each image
+    if much.batch == 1:  # real networks on a CPU, where a pass takes ten seconds
+        more += next((list(n) for start, n in SHORTER.items() if name.startswith(start)), [])
     pipeline = next(p.id for key, p in PIPELINES.items() if name.endswith(key))
     return Plan(
         name,
