@@ -46,7 +46,7 @@ def compiled(modules: Sequence[nn.Module], backend: str) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            vars(module).pop("forward")
+            module.__class__ = type(module).uncompiled
 
 
 def form_records(rig: Rig, form: str, measure: Callable[[], Any]) -> list[Record]:

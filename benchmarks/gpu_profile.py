@@ -4,8 +4,8 @@
     python benchmarks/gpu_profile.py --of guidance --device cuda
 
 A torch.profiler table is printed and, beside the JSON file, written as text. "busy" is the kernels' time over the
-wall's, both of the profiled stretch: what is missing to 1 the device spent waiting for Python, for a synchronisation or
-for data. (The profiler itself slows Python down, so it is a lower bound.)
+wall's without the profiler, which slows Python down: what is missing to 1 the device spent waiting for Python, for a
+synchronisation or for data.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def profiled(call: Callable[[], None], device: torch.device) -> tuple[list[Recor
     operators.sort(key=lambda e: -getattr(e, of))
     records: list[Record] = [
         {"operator": "all", "seconds": plain, "profiled_seconds": wall, "device_seconds": total}
-        | {"busy": total / wall}
+        | {"busy": total / plain}
     ]
     for event in operators[:OPERATORS]:
         seconds = getattr(event, of) / 1e6

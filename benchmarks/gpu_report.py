@@ -230,7 +230,8 @@ def text(results: Results, states: list[Record]) -> str:
     blocks.append(_table(changes(results), "what", "change", "before", "after", "speed_up"))
     for r in (r for records in results.values() for r in records):
         if r.get("operator") == "all":
-            blocks.append(f"{r['variant']}: the device was busy {r['busy']:.0%} of the time")
+            busy = r["device_seconds"] / r["seconds"]
+            blocks.append(f"{r['variant']}: the device was busy {busy:.0%} of the time")
     return "\n\n".join(block for block in blocks if block)
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -74,7 +73,7 @@ def with_file(message: str, error: BaseException | None) -> str:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             places = [frame.f_locals.get(name) for name in ("path", "cfg_path")]
             paths = [str(p) for p in places if isinstance(p, (str, os.PathLike))]
-            named = next((p for p in paths if p and Path(p).is_file()), named)
+            named = next((p for p in paths if os.path.isfile(p)), named)
         error = error.__cause__ or error.__context__
     return message.replace(YAML_TEXT, named) if named else message
 

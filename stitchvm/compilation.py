@@ -10,12 +10,15 @@ than `KINDS` the rest runs uncompiled. Values change in their last digits only.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
+import sysconfig
 import warnings
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Iterable
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,25 +33,45 @@ KINDS = 64
 def compile_forward(modules: Iterable[nn.Module], backend: bool | str = True) -> None:
     """Compiles the forward pass of modules, in place; what is compiled already stays.
 
-    State dicts, hooks (those of FSDP2 among them) and adapters stay as they are, and a copy of a module runs with its
-    own weights.
+    A module becomes one of a class that is called as its own, and has its forward pass compiled. State dicts, hooks and
+    adapters stay as they are. Copies and pickled modules are not compiled. Under FSDP2, compile before sharding.
 
     Arguments:
         modules: The modules, each a whole graph.
         backend: That of `torch.compile` by name; True for inductor.
     """
-    backend = BACKEND if backend is True else str(backend)
     # diffusers looks its versions up in a cached function
     warnings.filterwarnings(
         "ignore", message=r"Dynamo detected a call to a `functools\.lru_cache`"
     )
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, KINDS)
     for module in modules:
-        if "forward" not in vars(module):
-            cls: Any = type(module)
-            forward: Any = partial(_compiled(cls, backend), module)
-            module.forward = forward
+        cls: Any = type(module)
+        if not hasattr(cls, "uncompiled"):
+            module.__class__ = _compiled(cls, BACKEND if backend is True else str(backend))
+
+
+@cache
+def _compiled(cls: Any, backend: str) -> type[nn.Module]:
+    """Returns a class like another whose forward pass is compiled, once for all of its instances."""
+    options: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = KINDS
+    else:  # for this thread only, in some releases
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, KINDS)
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        return cls.__new__, (cls,), self.__getstate__()
+
+    members = {
+        "forward": torch.compile(cls.forward, backend=backend, dynamic=False, **options),
+        "uncompiled": cls,
+        "__reduce_ex__": reduced,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (cls,), members)
 
 
 def require_compiler(backend: bool | str) -> None:
@@ -57,22 +80,28 @@ def require_compiler(backend: bool | str) -> None:
     Arguments:
         backend: What `compile` says: False, True, or a backend.
     """
-    if backend is False or (BACKEND if backend is True else backend) != "inductor":
+    if backend is False:
+        return
+    name = BACKEND if backend is True else str(backend)
+    if name != "inductor":
+        known = torch._dynamo.list_backends(None)
+        if name not in known:
+            raise ValueError(
+                f"compile: {name}: expected true, false or one of {', '.join(known)}."
+            )
         return
     missing = []
-    names = (os.environ.get("CC", ""), os.environ.get("CXX", ""), "cc", "gcc", "clang", "cl")
-    if not any(shutil.which(name) for name in names if name):
-        missing.append("a C compiler (gcc or clang; CC names another)")
-    if torch.cuda.is_available() and find_spec("triton") is None:
+    gpu = torch.cuda.is_available()
+    names = ("CC", "cc", "gcc", "clang") if gpu else ("CXX", "c++", "g++", "clang++", "cl")
+    if not any(shutil.which(os.environ.get(name, name)) for name in names):
+        what = "C compiler (gcc, clang" if gpu else "C++ compiler (g++, clang++"
+        missing.append(f"a {what}; {names[0]} names another)")
+    if gpu and find_spec("triton") is None:
         missing.append("the package triton")
+    if gpu and not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        missing.append("Python's headers (python3-dev)")
     if missing:
         raise ValueError(
             f"compile: true needs {' and '.join(missing)}, which this machine does not have: install it, or say "
             "compile: false, which is slower and does the same."
         )
-
-
-@cache
-def _compiled(cls: Any, backend: str) -> Callable[..., Any]:
-    """Returns the compiled forward pass of a class, as a function of the module, so that its instances share it."""
-    return torch.compile(cls.forward, backend=backend, dynamic=False)

@@ -21,7 +21,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["Change", "Deferred", "require"]
+__all__ = ["Change", "Deferred", "require", "sent"]
 
 Error = Callable[[], Exception]
 Change = Callable[[Exception], Exception]
@@ -41,6 +41,13 @@ def require(ok: Tensor, error: Error) -> None:
         collector(ok, error)
     elif not bool(ok.all()):
         raise error()
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the CPU on a device; nobody waits for the copy."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 class Deferred:
@@ -63,7 +70,7 @@ class Deferred:
         def collect(ok: Tensor, error: Error) -> None:
             answer = ok.all().to("cpu", non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(ok.device))
             self._waiting.append((answer, copied, lambda: _changed(error(), change)))
 
         token = _collector.set(collect)

@@ -57,7 +57,7 @@ class Generator(nn.Module):
         gradient_checkpointing: Whether blocks are run again in the backward pass.
         revision: The hub revision.
         compile: Whether to compile the transformer's blocks and the VAE's decoder with `torch.compile`, or the name
-            of a backend to do it with. On a GPU a step takes little more than half the time, after a minute or two.
+            of a backend to do it with. On a GPU a step takes about 0.6 of the time, once it is compiled.
 
     Attributes:
         id: What it was loaded from.
@@ -153,7 +153,7 @@ class Generator(nn.Module):
         return self
 
     def compile_blocks(self, backend: bool | str = True) -> None:
-        """Compiles the transformer's blocks and the VAE's decoder (see `stitchvm.compilation`)."""
+        """Compiles the transformer's blocks and the VAE's decoder in place; those of a pipeline are the pipeline's own."""
         blocks = [*self.transformer.transformer_blocks]
         blocks += getattr(self.transformer, "single_transformer_blocks", [])
         compile_forward([*blocks, self.vae.network.decoder], backend)

@@ -10,7 +10,7 @@ FakeTensorMode, which has no values besides). In Python its attribute says "cuda
 arguments into "meta", and a dispatch mode runs each operation on what the tensors hold.
 
 `waits` lists the places where the host would have waited for the GPU: a number is asked for, or a copy between host
-and device does not say `non_blocking`.
+and device does not say `non_blocking`, or is from memory that is not pinned.
 
 Not seen: kernels that CUDA lacks or that round otherwise, autocast (it stays off), streams, memory, several devices.
 """
@@ -135,7 +135,9 @@ def _note_wait(
 ) -> None:
     """Notes where the host waits for what this operation needs."""
     name = func.overloadpacket.__name__
-    between = func in BETWEEN and (mixed or _leaves(kwargs)) and not _non_blocking(args, kwargs)
+    moves = func in BETWEEN and (mixed or _leaves(kwargs))
+    pageable = mixed and not getattr(args[func is aten.copy_.default], "pinned", False)
+    between = moves and (pageable or not _non_blocking(args, kwargs))
     indexed = [x for x in args[1] if x is not None] if name in INDEXING else []
     by_host = any(not isinstance(x, Pretended) for x in indexed)
     counted = any(x.dtype == torch.bool for x in indexed)
@@ -289,12 +291,19 @@ def _attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     )[0]
 
 
+def _pinned(x: Tensor) -> Tensor:
+    """Returns a copy that says of itself that it is in pinned memory."""
+    x = x.clone()
+    x.pinned = True
+    return x
+
+
 class _Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.timed = enable_timing
 
-    def record(self, stream: Any = None) -> None:
-        return None
+    def record(self, stream: Any = "of the device that happens to be the current one") -> None:
+        self.stream = stream
 
     def synchronize(self) -> None:
         return None
@@ -345,6 +354,7 @@ def pretend_cuda() -> Iterator[torch.device]:
         patch.setattr(F, "scaled_dot_product_attention", _attention)
         patch.setattr(torch, "Generator", PretendedGenerator)
         patch.setattr(torch.cuda, "Event", _Event)
+        patch.setattr(Tensor, "pin_memory", _pinned)
         for name, answer in {
             "synchronize": None,
             "current_device": 0,

@@ -106,6 +106,9 @@ def test_a_mistake_in_yaml_names_its_file_and_line(capsys, tmp_path, nested):
     found = capsys.readouterr().err
     assert "broken.yaml, line 3, column 1" in found and "unicode string" not in found
     assert "JSONARGPARSE_DEBUG=true" in found  # jsonargparse refuses 1
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "path: [" + "long, " * 100])  # it takes YAML for a path, and back
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [("fit", DISTIL), ("predict", PLAIN), ("search", DISTIL)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,18 +86,24 @@ def test_adapters_and_checkpointing(tiny_sd3: Path) -> None:
     assert graphs() > 3
 
 
-def test_a_copy_runs_with_its_own_weights(tiny_clip: Path) -> None:
+def test_a_copy_is_a_plain_module_with_its_own_weights(tiny_clip: Path, tmp_path: Path) -> None:
     reward = CLIPReward(model=f"local-dir:{tiny_clip}")
     block = reward.repeated()[0]
+    plain = type(block)
     compile_forward([block])
-    forward = block.forward
+    cls = type(block)
+    assert cls is not plain and isinstance(block, plain) and cls.__name__ == plain.__name__
     compile_forward([block])
-    assert block.forward is forward  # compiled once
+    assert type(block) is cls  # compiled once
+    torch.save(block, tmp_path / "block.pt")
+    again = torch.load(tmp_path / "block.pt", weights_only=False)
     twin = copy.deepcopy(block)
+    assert type(again) is type(twin) is plain
     for weight in twin.parameters():
         torch.nn.init.zeros_(weight)
     x = torch.randn(1, 5, reward.width)
     assert not torch.equal(block(x), x)
+    torch.testing.assert_close(again(x), block(x))
     torch.testing.assert_close(twin(x), x)  # the residual alone
     tail = reward.tail(1)  # copies the blocks
     for weight in reward.parameters():
@@ -111,11 +119,28 @@ def test_a_missing_compiler_is_said_before_anything_is_loaded(
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     require_compiler(False)
     require_compiler("aot_eager")
-    with pytest.raises(ValueError, match=r"needs a C compiler .* compile: false"):
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .* compile: false"):
         Generator("nowhere", compile=True)
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: name if name == "gcc" else None)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: name if name == "g++" else None)
     require_compiler(True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package triton, which"):
+    with pytest.raises(ValueError, match=r"a C compiler .* and the package triton"):
         require_compiler("inductor")
+    with pytest.raises(
+        ValueError, match=r"compile: aot: expected true, false or one of .*inductor"
+    ):
+        require_compiler("aot")
+
+
+def test_weights_are_freed_with_the_generator(tiny_sd3: Path) -> None:
+    """Not when the garbage collector comes along: they may be the better part of a GPU's memory."""
+    generator = Generator(str(tiny_sd3), text_tokens=12, compile=True)
+    weight = weakref.ref(generator.transformer.transformer_blocks[0].attn.to_q.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del generator
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -63,7 +63,7 @@ from stitchvm.adapters.policy import Policy
 from stitchvm.generator import Generator
 from stitchvm.modules import alignment_checks as checks
 from stitchvm.modules.alignment_log import log_evaluation, report
-from stitchvm.modules.alignment_parts import AlignmentParts
+from stitchvm.modules.alignment_parts import AlignmentParts, encode_ahead
 from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
@@ -166,6 +166,7 @@ class Alignment(LeanCheckpoint):
         self.skipped = self.skipped_in_a_row = 0
         self.spent = Spent()
         self.parts: AlignmentParts | None = None
+        self._ahead: list[list[str]] = []
         self.trained = nn.ParameterList()
         self._notes: dict[str, list[Tensor]] = defaultdict(list)
         checks.check_settings(self)
@@ -297,8 +298,8 @@ class Alignment(LeanCheckpoint):
             return
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        data = None if self._trainer is None else self.trainer.datamodule
-        self.parts = AlignmentParts.build(self, device, mesh, data)
+        self._ahead = self._prompts()
+        self.parts = AlignmentParts.build(self, device, mesh, self._ahead)
         self.stages = Stages(device)
         self.trained.extend(self.parts.policy.parameters().values())
         self.mark = None if mesh is None else sharded_mark(mesh)
@@ -315,6 +316,21 @@ class Alignment(LeanCheckpoint):
             list(self.trained), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
         )
         return {"optimizer": optimizer, "lr_scheduler": warm_up(optimizer, self.warmup_steps)}
+
+    def on_fit_start(self) -> None:
+        """Encodes prompts that are new to networks of an earlier run."""
+        prompts = self._prompts()
+        if prompts != self._ahead:
+            encode_ahead(self.generator, prompts, self.prompts_ahead)
+            self._ahead = prompts
+
+    def _prompts(self) -> list[list[str]]:
+        """Returns the prompts of the run's data, those it is trained on, if it is, before those that are held out."""
+        if self._trainer is None:
+            return []
+        names = ["train_data"] * (self.trainer.state.fn == "fit") + ["val_data"]
+        sets = [getattr(self.trainer.datamodule, name, None) for name in names]
+        return [list(each.prompts) for each in sets if each is not None]
 
     # -- an update -------------------------------------------------------------------------------------
 

@@ -61,7 +61,11 @@ class AlignmentParts:
 
     @classmethod
     def build(
-        cls, module: Alignment, device: torch.device, mesh: Any = None, data: Any = None
+        cls,
+        module: Alignment,
+        device: torch.device,
+        mesh: Any = None,
+        prompts: Sequence[Sequence[str]] = (),
     ) -> AlignmentParts:
         """Builds the parts of a module.
 
@@ -69,7 +73,8 @@ class AlignmentParts:
             module: The module.
             device: Where they go.
             mesh: The ranks that the transformer is sharded over, if it is.
-            data: The data module, whose prompts are encoded before anything else is there beside the generator.
+            prompts: Sets of prompts, which are encoded before anything else is there beside the generator, the held-out
+                ones last.
 
         Raises:
             FileNotFoundError: If something cannot be found.
@@ -78,21 +83,19 @@ class AlignmentParts:
         # Lightning makes the GPU the default device of new tensors here: what waits in CPU memory would be loaded
         # there, levels that are read one by one would lie there
         with torch.device("cpu"):
-            return cls._build(module, device, mesh, data)
+            return cls._build(module, device, mesh, prompts)
 
     @classmethod
     def _build(
-        cls, module: Alignment, device: torch.device, mesh: Any, data: Any
+        cls, module: Alignment, device: torch.device, mesh: Any, prompts: Sequence[Sequence[str]]
     ) -> AlignmentParts:
-        for (
-            path
-        ) in module.value_factory.sources().values():  # what is wrong is said before work begins
+        # what is wrong is said before work begins
+        for path in module.value_factory.sources().values():
             StitchedValueModel.read(path)
         parts = Parts(module.reward_factory, module.generator_factory)
         generator: Any = parts.generator
         generator.to(device)  # before a value borrows its weights
         size = latent_size(generator, module.size)
-        prompts = prompts_of(data)
         encode_ahead(generator, prompts, module.prompts_ahead)
         value = module.value_factory(parts).to(device)  # before adapters are there, to be hashed
         check_latent_space(value, generator)
@@ -100,7 +103,7 @@ class AlignmentParts:
             module.evaluation, parts, module.reward_factory, device, size, module.seed
         )
         if prompts:
-            held_out.judges.check_prompts(prompts[-1])
+            held_out.judges.check_prompts(list(prompts[-1]))
         release(value, None, held_out.judges)
         total = sum(p.numel() for p in generator.transformer.parameters())
         policy = module.policy_factory(generator.transformer, copies=module.copies)
@@ -144,12 +147,6 @@ class AlignmentParts:
         if self.sharded and not all_agree(found is not None, z.device):
             found = None
         return found or Scored(z.float().flatten(1).sum(1) * torch.nan)
-
-
-def prompts_of(data: Any) -> list[list[str]]:
-    """Returns the prompts of a data module's sets, those it is trained on before those that are held out."""
-    sets = [getattr(data, name, None) for name in ("train_data", "val_data")]
-    return [list(each.prompts) for each in sets if each is not None]
 
 
 def encode_ahead(generator: Any, prompts: Sequence[Sequence[str]], limit: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stitchvm.deferral import Deferred
+from stitchvm.deferral import Deferred, sent
 from stitchvm.randomness import keyed_generator
 from stitchvm.samplers.field import Field, Shared
 from stitchvm.samplers.sde import Kernel, check_levels
@@ -90,10 +90,7 @@ class Noise:
     def draw(self, proposals: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns noise with shape (P·N, proposals, C, H, W)."""
         rows = [torch.randn(proposals, *self.shape, generator=one) for one in self._streams]
-        drawn = torch.stack(rows)
-        if self.device.type == "cuda" and torch.cuda.is_available():
-            drawn = drawn.pin_memory()  # from where the copy makes nobody wait
-        return drawn.to(self.device, non_blocking=True).to(dtype)
+        return sent(torch.stack(rows), self.device).to(dtype)
 
     def uniforms(self, n: int) -> Tensor:
         """Returns uniforms in [0, 1) with shape (P, n), float64 on the CPU, from streams of their own."""
@@ -258,7 +255,7 @@ class Sampler(ABC):
             latent_size: The latent height and width; the generator's default size by default.
             final_value: The value at t = 0 by which the final particle is chosen; `value` by default. Give the
                 terminal reward where `value` is an estimate.
-            on_step: Is called with the record of every step.
+            on_step: Is called with the record of every step; on a GPU before its numbers are known to be finite.
 
         Raises:
             ValueError: If the sampler and the value do not go together, numbers do not match, or a value or

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stitchvm.deferral import sent
 from stitchvm.path import FlowPath
 from stitchvm.samplers.base import Record, Run, Sampler
 from stitchvm.samplers.potentials import Weights
@@ -196,8 +197,7 @@ class FKSteering(Sampler):
         index = ancestors(weights.carried, uniforms, self.resampling)
         index = torch.where(drawn[:, None], index, torch.arange(n))
         weights.resample(index, drawn)
-        rows = (index + n * torch.arange(prompts)[:, None]).flatten()
-        rows = rows.to(run.z.device, non_blocking=True)
+        rows = sent((index + n * torch.arange(prompts)[:, None]).flatten(), run.z.device)
         run.z = run.z[rows]
         if run.prefix is not None:
             run.prefix = run.prefix.select(rows)
@@ -209,8 +209,7 @@ class FKSteering(Sampler):
             "resampled": drawn.double(),
             "lam": lam,
         }
-        kept = values.gather(1, index.to(values.device, non_blocking=True))
-        return kept, index, info
+        return values.gather(1, sent(index, values.device)), index, info
 
     def _even(self, prompts: int) -> Weights:
         return Weights.even(self.potential, self.lam, self.lam_per, prompts, self.particles)

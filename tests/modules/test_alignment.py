@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from stitchvm.data.prompts import Prompts
 from stitchvm.modules.draft import DRaFT
 from stitchvm.modules.rows import Rows
 from stitchvm.rewards.base import NotFiniteError
 from tests.modules import alignment_runs as runs
-from tests.modules.alignment_fakes import Broken, draft
+from tests.modules.alignment_fakes import Broken, draft, evaluated
 
 CPU = torch.device("cpu")
 
@@ -130,6 +131,18 @@ def test_prompts_are_encoded_before_the_value_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):  # before anything is encoded
         runs.fit(module, tmp_path, max_steps=1)
     assert len(seen) == 1
+
+
+def test_prompts_of_another_run_are_encoded_too(tmp_path):
+    module, path = evaluated(), tmp_path / "held_out.txt"
+    path.write_text("a blue square\na red circle\n")
+    data = Prompts(prompts=runs.PROMPTS, prompts_per_update=4, val_path=str(path))
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    trainer.validate(module, datamodule=data)
+    assert sorted(module.generator.encoded) == ["a blue square", "a red circle"]  # held-out alone
+    parts = module.parts
+    runs.fit(module, tmp_path, max_steps=1, data=data)
+    assert module.parts is parts and set(module.generator.encoded) >= set(runs.PROMPTS)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

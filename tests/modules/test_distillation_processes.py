@@ -77,8 +77,9 @@ def test_last_resumes_and_a_finished_run_is_not_written_over(make, single):
 
 
 def test_two_processes_with_ddp_equal_one(make, single):
-    root = make("ddp", batch_size=2, strategy="ddp")
-    assert_close(single, fit(root))
+    assert_close(single, fit(make("ddp", batch_size=2, strategy="ddp")))
+    compiled = make("ddp_compiled", batch_size=2, strategy="ddp", compile="aot_eager")
+    assert_close(single, fit(compiled))
 
 
 def test_two_processes_with_fsdp2_equal_one_and_checkpoints_are_exchanged(make, single):

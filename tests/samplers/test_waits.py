@@ -48,6 +48,8 @@ def test_a_check_on_a_gpu_waits_until_it_is_settled() -> None:
             with pytest.raises(ValueError, match="on the CPU"):
                 require(torch.tensor([False]), lambda: ValueError("on the CPU"))
         assert len(checks) == 3 and not waits
+        streams = {copied.stream for _, copied, _ in checks._waiting}
+        assert streams == {torch.cuda.current_stream(device)}
         checks.settle(keep=2)
         assert len(checks) == 2
         with pytest.raises(NotFiniteError, match="step 3: first") as caught:
