@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
 from stitchvm.backbones.flux import FluxBackbone, call_flux
-from stitchvm.backbones.loading import parse_dtype, read_model_class
+from stitchvm.backbones.loading import block_lists, parse_dtype, read_model_class
 from stitchvm.backbones.network import NetworkBackbone
 from stitchvm.backbones.null_text import null_condition
 from stitchvm.backbones.pipeline_text import PipelineEncoders, read_pipeline
@@ -95,11 +95,8 @@ class Generator(nn.Module):
                 f"'{path}' holds a {class_name}, expected one of {', '.join(FAMILIES)}: other "
                 "families need a file of their own beside this one"
             )
-        self.id, self.family, self.guidance_scale = (
-            str(path),
-            FAMILIES[class_name],
-            guidance_scale,
-        )
+        self.id, self.family = str(path), FAMILIES[class_name]
+        self.guidance_scale = guidance_scale
         self.vae = VAE(path, dtype=vae_dtype, revision=revision)
         self.transformer: Any = getattr(diffusers, class_name).from_pretrained(
             folder, subfolder="transformer", torch_dtype=torch_dtype, use_safetensors=True
@@ -153,12 +150,9 @@ class Generator(nn.Module):
         return self
 
     def compile_blocks(self, backend: bool | str = True) -> None:
-        """Compiles the transformer's blocks and the VAE's decoder in place; those of a pipeline are the pipeline's own."""
-        blocks = [*self.transformer.transformer_blocks]
-        blocks += getattr(self.transformer, "single_transformer_blocks", [])
+        """Compiles the transformer's blocks and the VAE's decoder in place, which may be a pipeline's."""
+        blocks = [block for blocks in block_lists(self.transformer) for block in blocks]
         compile_forward([*blocks, self.vae.network.decoder], backend)
-
-    # Sizes.
 
     @property
     def latent_channels(self) -> int:
@@ -211,8 +205,6 @@ class Generator(nn.Module):
             return deepcopy(self._pipe.scheduler)
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self._folder, subfolder="scheduler")
 
-    # Prompts.
-
     @property
     def null(self) -> Condition:
         """The condition of the empty prompt with B = 1, on the transformer's device, for guidance and for backbones."""
@@ -246,8 +238,6 @@ class Generator(nn.Module):
         Those of a pipeline stay the pipeline's.
         """
         self._memory.free()
-
-    # The velocity.
 
     def velocity(
         self, z_t: Tensor, t: Tensor, cond: Condition, guidance_scale: float | None = None
@@ -318,9 +308,8 @@ class Generator(nn.Module):
         spec, (i, _) = config["backbone"], config["stitch_point"]
         settings = spec["init_args"]
         family = {"SD3Backbone": "sd3", "FluxBackbone": "flux"}
-        if family.get(spec["class_path"].rpartition(".")[2]) != self.family or settings.get(
-            "null_embeddings"
-        ):
+        name = spec["class_path"].rpartition(".")[2]
+        if family.get(name) != self.family or settings.get("null_embeddings"):
             return None
         null = self.null
         if settings["null_tokens"] != self.text_tokens:

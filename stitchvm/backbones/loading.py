@@ -127,6 +127,12 @@ def load_tensors(model: nn.Module, files: dict[str, Path], path: str, dtype: tor
     assert not left, left
 
 
+def block_lists(transformer: Any) -> list[nn.ModuleList]:
+    """Returns the lists of blocks of a diffusers transformer, in the order in which they run."""
+    names = ("transformer_blocks", "single_transformer_blocks")
+    return [getattr(transformer, name) for name in names if hasattr(transformer, name)]
+
+
 def build_truncated(config: dict[str, Any], max_depth: int | None) -> nn.Module:
     """Returns the transformer of a configuration on the meta device, cut after `max_depth` blocks.
 
@@ -141,9 +147,7 @@ def build_truncated(config: dict[str, Any], max_depth: int | None) -> nn.Module:
     model_class = getattr(diffusers, config["_class_name"])
     with torch.device("meta"):
         model = model_class.from_config(config)
-    lists = [model.transformer_blocks]
-    if hasattr(model, "single_transformer_blocks"):
-        lists.append(model.single_transformer_blocks)
+    lists = block_lists(model)
     total = sum(map(len, lists))
     if max_depth is None or max_depth == total:
         return model

@@ -63,7 +63,7 @@ from stitchvm.adapters.policy import Policy
 from stitchvm.generator import Generator
 from stitchvm.modules import alignment_checks as checks
 from stitchvm.modules.alignment_log import log_evaluation, report
-from stitchvm.modules.alignment_parts import AlignmentParts, encode_ahead
+from stitchvm.modules.alignment_parts import AlignmentParts, prompts_of
 from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
@@ -166,7 +166,6 @@ class Alignment(LeanCheckpoint):
         self.skipped = self.skipped_in_a_row = 0
         self.spent = Spent()
         self.parts: AlignmentParts | None = None
-        self._ahead: list[list[str]] = []
         self.trained = nn.ParameterList()
         self._notes: dict[str, list[Tensor]] = defaultdict(list)
         checks.check_settings(self)
@@ -289,7 +288,6 @@ class Alignment(LeanCheckpoint):
         """
         checks.check_trainer(self.trainer)
         self.check()
-        # it suggests attributes of the name of a layer that is not here
         warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")
 
     def configure_model(self) -> None:
@@ -298,8 +296,7 @@ class Alignment(LeanCheckpoint):
             return
         device = self.device if self._trainer is None else self.trainer.strategy.root_device
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        self._ahead = self._prompts()
-        self.parts = AlignmentParts.build(self, device, mesh, self._ahead)
+        self.parts = AlignmentParts.build(self, device, mesh, prompts_of(self._trainer))
         self.stages = Stages(device)
         self.trained.extend(self.parts.policy.parameters().values())
         self.mark = None if mesh is None else sharded_mark(mesh)
@@ -318,19 +315,8 @@ class Alignment(LeanCheckpoint):
         return {"optimizer": optimizer, "lr_scheduler": warm_up(optimizer, self.warmup_steps)}
 
     def on_fit_start(self) -> None:
-        """Encodes prompts that are new to networks of an earlier run."""
-        prompts = self._prompts()
-        if prompts != self._ahead:
-            encode_ahead(self.generator, prompts, self.prompts_ahead)
-            self._ahead = prompts
-
-    def _prompts(self) -> list[list[str]]:
-        """Returns the prompts of the run's data, those it is trained on, if it is, before those that are held out."""
-        if self._trainer is None:
-            return []
-        names = ["train_data"] * (self.trainer.state.fn == "fit") + ["val_data"]
-        sets = [getattr(self.trainer.datamodule, name, None) for name in names]
-        return [list(each.prompts) for each in sets if each is not None]
+        """Encodes prompts of other data than the networks were built for."""
+        self._built.encode_new(prompts_of(self.trainer), self.prompts_ahead)
 
     # -- an update -------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -49,6 +50,7 @@ class AlignmentParts:
         latent_size: Height and width of the latents.
         sigmas: The levels of roll-outs, σ_0 … σ_N, float32 on the CPU.
         sharded: Whether the transformer is sharded: every rank must then make the same calls of it.
+        prompts: The sets of prompts that were seen to ahead.
     """
 
     generator: Any
@@ -58,6 +60,7 @@ class AlignmentParts:
     latent_size: tuple[int, int]
     sigmas: Tensor
     sharded: bool
+    prompts: list[list[str]]
 
     @classmethod
     def build(
@@ -65,7 +68,7 @@ class AlignmentParts:
         module: Alignment,
         device: torch.device,
         mesh: Any = None,
-        prompts: Sequence[Sequence[str]] = (),
+        prompts: list[list[str]] | None = None,
     ) -> AlignmentParts:
         """Builds the parts of a module.
 
@@ -83,11 +86,11 @@ class AlignmentParts:
         # Lightning makes the GPU the default device of new tensors here: what waits in CPU memory would be loaded
         # there, levels that are read one by one would lie there
         with torch.device("cpu"):
-            return cls._build(module, device, mesh, prompts)
+            return cls._build(module, device, mesh, prompts or [])
 
     @classmethod
     def _build(
-        cls, module: Alignment, device: torch.device, mesh: Any, prompts: Sequence[Sequence[str]]
+        cls, module: Alignment, device: torch.device, mesh: Any, prompts: list[list[str]]
     ) -> AlignmentParts:
         # what is wrong is said before work begins
         for path in module.value_factory.sources().values():
@@ -103,7 +106,7 @@ class AlignmentParts:
             module.evaluation, parts, module.reward_factory, device, size, module.seed
         )
         if prompts:
-            held_out.judges.check_prompts(list(prompts[-1]))
+            held_out.judges.check_prompts(prompts[-1])
         release(value, None, held_out.judges)
         total = sum(p.numel() for p in generator.transformer.parameters())
         policy = module.policy_factory(generator.transformer, copies=module.copies)
@@ -124,7 +127,14 @@ class AlignmentParts:
             f"{type(module).__name__} trains {trained / 1e6:.2f} M weights ({type(policy).__name__}) on the "
             f"{total / 1e6:.0f} M of {generator.id}"
         )
-        return cls(generator, value, policy, held_out, size, sigmas, mesh is not None)
+        sharded = mesh is not None
+        return cls(generator, value, policy, held_out, size, sigmas, sharded, prompts)
+
+    def encode_new(self, prompts: list[list[str]], limit: int) -> None:
+        """Encodes the prompts of another run, if there are at most `limit` distinct ones."""
+        if prompts != self.prompts:
+            encode_ahead(self.generator, prompts, limit)
+            self.prompts = prompts
 
     def score(self, rows: Rows, z: Tensor, tau: Tensor | float) -> Scored:
         """Returns the values of latents, differentiable in z; all NaN where a reward is not finite.
@@ -147,6 +157,15 @@ class AlignmentParts:
         if self.sharded and not all_agree(found is not None, z.device):
             found = None
         return found or Scored(z.float().flatten(1).sum(1) * torch.nan)
+
+
+def prompts_of(trainer: Trainer | None) -> list[list[str]]:
+    """Returns the prompts of a run's data, those it is trained on, if it is, before those that are held out."""
+    if trainer is None:
+        return []
+    names = ["train_data"] * (trainer.state.fn == "fit") + ["val_data"]
+    sets = [getattr(trainer.datamodule, name, None) for name in names]
+    return [list(each.prompts) for each in sets if each is not None]
 
 
 def encode_ahead(generator: Any, prompts: Sequence[Sequence[str]], limit: int) -> None:

@@ -64,8 +64,7 @@ class StitchDistillation(LeanCheckpoint):
         warmup_steps: Steps of linear warm-up from 0.
         decay: What follows: "none" (the paper's constant rate) or "linear" to 0 at the end of training.
         fused: Whether to use the fused AdamW kernel; where it exists if None.
-        compile: Whether to compile VAE, teacher, backbone and tail, block by block, with `torch.compile`, or the name
-            of a backend to do it with. On a GPU a step takes 0.6 of the time, once it is compiled.
+        compile: Whether, or with which backend of `torch.compile`, VAE, teacher, backbone and tail are compiled.
         search_js: The reward blocks j of stage 1.
         search_criterion: "feature" (the paper's) or "embedding".
         num_probes: The images stage 1 fits.
@@ -238,9 +237,9 @@ class StitchDistillation(LeanCheckpoint):
             if model.j > 1:
                 model.tail.init_class_token(self._start.class_token)
             self._start = None
-        model.tail.float().train()
         self.value_model = model
-        self.value_model_config = model.config()  # weights are hashed before they are sharded
+        model.tail.float().train()
+        self.value_model_config = model.config()  # hashed before it is sharded
         if self.compile_networks:
             compile_forward(self.repeated(model), self.compile_networks)
         if self.device_mesh is not None:
@@ -254,13 +253,8 @@ class StitchDistillation(LeanCheckpoint):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a larger learning rate on s_ψ and a linear warm-up (Appendix D.1)."""
         assert self.value_model is not None
-        groups = [
-            {"params": list(self.value_model.tail.parameters()), "lr": self.lr},
-            {
-                "params": list(self.value_model.stitch.parameters()),
-                "lr": self.lr * self.stitch_lr_factor,
-            },
-        ]
+        parts = (self.value_model.tail, 1.0), (self.value_model.stitch, self.stitch_lr_factor)
+        groups = [{"params": list(m.parameters()), "lr": self.lr * factor} for m, factor in parts]
         optimizer = torch.optim.AdamW(
             groups, betas=self.betas, weight_decay=self.weight_decay, fused=self.fused
         )
