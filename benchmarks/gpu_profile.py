@@ -74,7 +74,6 @@ def profiled(call: Callable[[], None], device: torch.device) -> tuple[list[Recor
     operators.sort(key=lambda e: -getattr(e, of))
     records: list[Record] = [
         {"operator": "all", "seconds": plain, "profiled_seconds": wall, "device_seconds": total}
-        | {"busy": total / plain}
     ]
     for event in operators[:OPERATORS]:
         seconds = getattr(event, of) / 1e6
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     call, what = known[args.of](device, args.reduced)
     records, table = profiled(call, device)
     about = {"benchmark": "profile", "of": args.of, "device": device.type, "variant": what}
-    print(f"{what}\n\n{table}\nbusy: {records[0]['busy']:.0%}")
+    print(f"{what}\n\n{table}\nbusy: {records[0]['device_seconds'] / records[0]['seconds']:.0%}")
     if args.output:
         write(args.output, [about | record for record in records], device, args.overwrite)
         args.output.with_suffix(".txt").write_text(f"{what}\n\n{table}\n")

@@ -16,6 +16,7 @@ __all__ = ["PAGE", "sections", "summary"]
 
 PAGE = Path("docs/speed.md")
 FOLDER = Path("results/h200")
+THEIRS = "the literature's"
 COMPILED = (", compiled", ", inductor")
 SIZES = {"sd35m_512": "512²", "sd35m_1024": "1024²", "sd35m": "512²"}
 
@@ -71,8 +72,8 @@ def summary() -> str:
         ],
         [
             "guidance by a Tweedie value, as in the literature, beside a stitched one: time; memory",
-            f"{ratio('the literature' + chr(39) + 's / stitched: time', against):.1f} times; "
-            f"{1 / ratio('stitched / the literature' + chr(39) + 's: memory', 'sd35m_1024'):.1f} times",
+            f"{ratio(f'{THEIRS} / stitched: time', against):.1f} times; "
+            f"{1 / ratio(f'stitched / {THEIRS}: memory', 'sd35m_1024'):.1f} times",
         ],
         *(
             [

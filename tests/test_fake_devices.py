@@ -200,6 +200,10 @@ def value_folder(tiny_sd3: Path, tiny_clip: Path, tmp_path_factory: Any) -> str:
 
 @pytest.fixture
 def on(tiny_sd3: Path, tiny_clip: Path, value_folder: str) -> Callable[[str], Any]:
+    return builder(tiny_sd3, tiny_clip, value_folder)
+
+
+def builder(tiny_sd3: Path, tiny_clip: Path, value_folder: str) -> Callable[[str], Any]:
     """Returns what builds a generator and values on a device."""
 
     def built(device: str) -> tuple[Generator, dict[str, Value]]:

@@ -237,8 +237,8 @@ class StitchDistillation(LeanCheckpoint):
             if model.j > 1:
                 model.tail.init_class_token(self._start.class_token)
             self._start = None
-        self.value_model = model
         model.tail.float().train()
+        self.value_model = model
         self.value_model_config = model.config()  # hashed before it is sharded
         if self.compile_networks:
             compile_forward(self.repeated(model), self.compile_networks)

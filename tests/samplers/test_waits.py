@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,15 @@ from stitchvm.rewards.base import NotFiniteError
 from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.guidance import GuidedSampler
 from tests.pretend_cuda import pretend_cuda, waits
-from tests.test_fake_devices import PROMPTS, SAMPLERS, on, value_folder  # noqa: F401
+from tests.test_fake_devices import PROMPTS, SAMPLERS, builder
 
 
-def test_no_step_waits_for_the_device(on: Callable[[str], Any]) -> None:  # noqa: F811
+@pytest.fixture
+def on(tiny_sd3: Path, tiny_clip: Path, value_folder: Path) -> Callable[[str], Any]:
+    return builder(tiny_sd3, tiny_clip, str(value_folder))
+
+
+def test_no_step_waits_for_the_device(on: Callable[[str], Any]) -> None:
     with pretend_cuda():
         generator, values = on("cuda")
         for name, (value, make) in SAMPLERS.items():
@@ -58,7 +64,7 @@ def test_a_check_on_a_gpu_waits_until_it_is_settled() -> None:
         checks.settle()  # nothing is left
 
 
-def test_errors_name_the_step_that_they_come_from(on: Callable[[str], Any]) -> None:  # noqa: F811
+def test_errors_name_the_step_that_they_come_from(on: Callable[[str], Any]) -> None:
     """An infinite strength of guidance at the second step, noticed in the third."""
 
     def messages(device: str) -> list[str]:
