@@ -78,4 +78,10 @@ def changes(results: Results) -> list[Record]:
             what = f"{r['setup']}: {r['value']} value{' and gradient' * r['gradient']}, a sample"
             each = (x["seconds"] / x["batch_size"] for x in (one, r))
             add(what, f"batch 1 -> {r['batch_size']}", *each)
+    for r in calls:
+        same = ("setup", "gradient", "batch_size")
+        if r.get("cuda_graph"):
+            other = next(o for o in calls if all(o[key] == r[key] for key in same))
+            what = f"{r['setup']}: stitched value{' and gradient' * r['gradient']}, batch {r['batch_size']}"
+            add(what, "stitch and tail as a CUDA graph", other["seconds"], r["seconds"])
     return answer

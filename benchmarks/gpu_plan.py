@@ -137,6 +137,7 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
             "sd35m_1024",
             "plain and DPS + StitchVM, compiled",
             "=DPS stitched",
+            "=DPS stitched, CUDA graph",
             compiled=True,
         )
     yield training("NFT")

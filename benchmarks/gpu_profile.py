@@ -19,7 +19,7 @@ import torch
 from common import parse, parser, seconds_of, synchronize, write
 from sampling_setups import SAMPLING_SETUPS, Rig
 from sampling_steps import run_short
-from sampling_variants import Variant
+from sampling_variants import Variant, make_value
 from setups import SETUPS
 from steps import Run
 from steps import Variant as Step
@@ -46,10 +46,11 @@ def guidance(device: torch.device, reduced: bool) -> tuple[Callable[[], None], s
     """Returns a short run of guidance by a stitched value at 1024², and what it is."""
     setup = SAMPLING_SETUPS["sd35m_1024"]
     rig = Rig(setup.shrunk() if reduced else setup, device)
-    variant = Variant("dps", "stitched")
+    variant = Variant("dps", "stitched", graph=device.type == "cuda")
+    value = make_value(rig, variant)
 
     def call() -> None:
-        run_short(rig, variant, STEPS, time.perf_counter)
+        run_short(rig, variant, STEPS, time.perf_counter, value)
 
     return call, f"{setup.name}, {variant.name}, {STEPS} steps and decoding"
 

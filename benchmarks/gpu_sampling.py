@@ -32,7 +32,7 @@ COUNTED: dict[str, Counts] = {}  # by setup, for this process' one run
 def prepare(argv: Sequence[str]) -> None:
     """Counts, in a process of its own that sees no GPU."""
     args = parse(argv)
-    count = partial(counts, setup_of(args), args.only)
+    count = partial(counts, setup_of(args), args.only, args.device == "cuda")
     if args.device == "cpu":
         COUNTED[args.setup] = in_own_process(count)
         return
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = COUNTED[args.setup]
         records = measure(setup, device, args, deadline, lambda: known)
     else:
-        records = measure(setup, device, args, deadline, partial(counts, setup, args.only))
+        records = measure(
+            setup, device, args, deadline, partial(counts, setup, args.only, device.type == "cuda")
+        )
     if args.output:
         write(args.output, records, device, args.overwrite)
     late = [r["variant"] for r in records if r.get("error") == LATE]

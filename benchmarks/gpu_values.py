@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_values.py --setup sd35m_1024 --device cuda
 
+With a CUDA graph of stitch and tail, too, and how far that is from the same without ("difference", of the largest).
 FLOPs are those counted on paper (`sampling_counts.Paper`, which the counts on the calls confirm): a value and, with
 its gradient, the backward pass to the latents. Nothing is shared with a sampler's velocity here.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from common import matmul_rate, parse, parser, seconds_of, write
 from sampling_counts import Paper
 from sampling_setups import SAMPLING_SETUPS, Rig
 from sampling_variants import Variant, make_value
+from torch import Tensor
 
 from stitchvm.modules.meter import Meter
 from stitchvm.results import records_to_text
@@ -29,7 +32,8 @@ BATCHES = (1, 4, 8)  # a sample, the paper's N, and N particles with M = 2 propo
 def cases() -> list[tuple[Variant, int, bool]]:
     """Returns values with their batch sizes, without and with a gradient."""
     answer = [
-        (Variant("dps", "stitched"), size, gradient)
+        (Variant("dps", "stitched", graph=graph), size, gradient)
+        for graph in (False, True)
         for size in BATCHES
         for gradient in (False, True)
     ]
@@ -48,6 +52,7 @@ def value_record(
     assert value is not None
     stitched = variant.estimator == "stitched"
     name = "stitched" if stitched else f"Tweedie, {variant.velocity}"
+    name += ", CUDA graph" * variant.graph
     rig.place(reward=not stitched, model=stitched)  # a peak is of what the value needs
     parts = paper.value(variant)
     record: Record = {
@@ -57,31 +62,41 @@ def value_record(
         "value": name,
         "gradient": gradient,
         "batch_size": size,
+        "cuda_graph": variant.graph,
         "variant": f"{name}, batch {size}" + ", with gradient" * gradient,
         "flops": size * (parts.forward + gradient * parts.backward),
     }
     meter = Meter(rig.device)
     meter.start()
+    run = call(rig, value, size, gradient)
     try:
-        seconds = seconds_of(call(rig, value, size, gradient), rig.device, repeats)
+        seconds = seconds_of(run, rig.device, repeats)
     except torch.OutOfMemoryError:
         return record | {"error": "out of memory"}
     meter.stop()
-    return record | {"seconds": seconds, "peak_memory_gib": meter.peak_gib}
+    record |= {"seconds": seconds, "peak_memory_gib": meter.peak_gib}
+    if variant.graph:
+        plain = make_value(rig, replace(variant, graph=False))
+        assert plain is not None
+        torch.manual_seed(0)
+        one = run()
+        torch.manual_seed(0)
+        other = call(rig, plain, size, gradient)()
+        record["difference"] = float((one - other).abs().max() / other.abs().max())
+    return record
 
 
-def call(rig: Rig, value: Value, size: int, gradient: bool) -> Callable[[], None]:
-    """Returns one call of a value."""
+def call(rig: Rig, value: Value, size: int, gradient: bool) -> Callable[[], Tensor]:
+    """Returns one call of a value, which returns the gradient, or the value where none is asked for."""
     bound = value.bind(rig.prompts * size)
-    z = torch.randn(size, rig.generator.latent_channels, *rig.latent_size, device=rig.device)
     t = torch.full((size,), 0.5, device=rig.device)
 
-    def run() -> None:
-        leaf = z.detach().requires_grad_(gradient)
+    def run() -> Tensor:
+        shape = (size, rig.generator.latent_channels, *rig.latent_size)
+        leaf = torch.randn(shape, device=rig.device, requires_grad=gradient)
         with torch.set_grad_enabled(gradient):
             v = bound(leaf, t)
-        if gradient:
-            torch.autograd.grad(v.sum(), leaf)
+        return torch.autograd.grad(v.sum(), leaf)[0] if gradient else v
 
     return run
 
@@ -109,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.output:
             write(args.output, records, device, args.overwrite or number > 0)
         del rig, paper
-    columns = ("setup", "variant", "seconds", "peak_memory_gib", "utilisation")
+    columns = ("setup", "variant", "seconds", "peak_memory_gib", "utilisation", "difference")
+    records = [dict.fromkeys(columns) | record for record in records]
     print(records_to_text(records, rows=columns, column=None))
 
 

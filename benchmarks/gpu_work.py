@@ -112,12 +112,12 @@ class Counts:
         return total
 
     def values(self, setup: str) -> float:
-        """Returns the FLOPs of the calls of values: four each, of 13 stitched samples and one Tweedie in two ways."""
+        """Returns the FLOPs of the calls of values: four each, of 26 stitched samples and one Tweedie in two ways."""
         prefix, tail, u, decoder, reward = (
             self.part(setup, name) + self.part(setup, name, True)
             for name in ("prefix", "stitch and tail", "denoiser", "decoder", "reward")
         )
-        return CALLS * (13 * (prefix + tail) + 3 * u + 2 * (decoder + reward))
+        return CALLS * (26 * (prefix + tail) + 3 * u + 2 * (decoder + reward))
 
     def step(self, setup: str, variant: str) -> float:
         """Returns the FLOPs of a step of sampling."""

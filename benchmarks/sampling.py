@@ -48,11 +48,13 @@ Record = dict[str, Any]
 Counts = tuple[Paper, Paper, dict[str, Part], dict[Variant, Units]]
 
 
-def counts(setup: SamplingSetup, only: Sequence[str] | None = None) -> Counts:
+def counts(
+    setup: SamplingSetup, only: Sequence[str] | None = None, graphs: bool = False
+) -> Counts:
     """Returns FLOPs without running anything: on paper, roughly, and counted on the calls of parts and variants."""
     with meta_sampling():
         rig = Rig(setup, torch.device("meta"))
-        plain, *rest = variants(rig.branches == 2, setup.fk)
+        plain, *rest = variants(rig.branches == 2, setup.fk, graphs)
         listed = [plain, *(v for v in rest if chosen(v.name, only))]
         return Paper(rig), Paper(rig, rough=True), counted_parts(rig), counted_units(rig, listed)
 
@@ -169,7 +171,7 @@ def everything(
             pool = stack.enter_context(
                 ProcessPoolExecutor(workers, mp_context=context, initializer=leave_devices)
             )
-            counting = [pool.submit(counts, setup, args.only).result for setup in setups]
+            counting = [pool.submit(counts, setup, args.only, True).result for setup in setups]
         elif device.type == "cpu":
             counting = [partial(in_own_process, partial(counts, s, args.only)) for s in setups]
         else:

@@ -93,6 +93,7 @@ def variant_records(
             "checkpointing": v.checkpointing,
             "particles": v.particles,
             "proposals": v.proposals,
+            "cuda_graph": v.graph,
             "steps": len(one.full),
             "flops": flops,
             "paper_flops": one.sample("paper"),
@@ -193,7 +194,7 @@ def ratio_records(setup: SamplingSetup, records: list[Record]) -> list[Record]:
     fk = [r for r in records if r["method"] == "fk" and key in r]
     one = next((r for r in fk if r["value_estimator"] == "stitched" and r["proposals"] == 1), None)
     for r in fk:
-        if r is not one and r["value_estimator"] == "stitched":
+        if r["value_estimator"] == "stitched" and r["proposals"] > 1:
             add(f"FK stitched, M = {r['proposals']} / M = 1", r, one, "time")
     fks = least([r for r in fk if r["value_estimator"] == "tweedie"], key)
     add("FK Tweedie / FK stitched, M = 1", fks, one, "time")

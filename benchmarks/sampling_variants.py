@@ -49,6 +49,7 @@ class Variant:
         checkpointing: "no", "whole" (the denoiser as a whole, the decoder by blocks) or "blocks" (all by blocks).
         proposals: M of "fk".
         decode_batch: The images the VAE decodes at once; all of them by default.
+        graph: Whether stitch and tail of a stitched value are launched as one CUDA graph.
     """
 
     method: str
@@ -58,6 +59,7 @@ class Variant:
     checkpointing: str = "no"
     proposals: int = 1
     decode_batch: int | None = None
+    graph: bool = False
 
     @property
     def particles(self) -> int:
@@ -75,10 +77,11 @@ class Variant:
         words += ["not shared"] * (not self.share)
         words += [f"checkpointing {self.checkpointing}"] * (self.checkpointing != "no")
         words += [f"decoding {self.decode_batch}"] * (self.decode_batch is not None)
+        words += ["CUDA graph"] * self.graph
         return ", ".join(words)
 
 
-def variants(two_branches: bool, several: bool = True) -> list[Variant]:
+def variants(two_branches: bool, several: bool = True, graphs: bool = False) -> list[Variant]:
     """Returns what is compared; the Tweedie path in every way that might be its best.
 
     Without an unconditional branch (distilled guidance) the null-text velocity is no part of the sampler's, and a
@@ -87,6 +90,7 @@ def variants(two_branches: bool, several: bool = True) -> list[Variant]:
     Arguments:
         two_branches: Whether a plain step runs the network twice (classifier-free guidance).
         several: Whether to compare what has several particles, too: FK steering and best-of-N.
+        graphs: Whether to compare CUDA graphs, too: on a GPU.
     """
     dps = [
         Variant("dps", "tweedie", velocity, checkpointing=how)
@@ -98,8 +102,10 @@ def variants(two_branches: bool, several: bool = True) -> list[Variant]:
     dps += [Variant("dps", "stitched", share=share) for share in (True, False)[not two_branches :]]
     share = two_branches
     dps.append(Variant("dps", "stitched", share=share, checkpointing="blocks"))
+    dps += [Variant("dps", "stitched", share=share, graph=True)] * graphs
     fk = [Variant("fk", "tweedie", "cfg", decode_batch=n) for n in (None, 1)]
     fk += [Variant("fk", "stitched", share=share, proposals=m) for m in (1, 2, 4, 6)]
+    fk += [Variant("fk", "stitched", share=share, graph=True)] * graphs
     return [Variant("plain"), *dps, *([Variant("bon"), *fk] if several else [])]
 
 
@@ -141,7 +147,7 @@ def make_value(rig: Rig, variant: Variant) -> Value | None:
     rig.model.backbone.gradient_checkpointing = by_blocks
     rig.model.tail.gradient_checkpointing = by_blocks
     if variant.estimator == "stitched":
-        return StitchedValue(rig.model)
+        return StitchedValue(rig.model, variant.graph)
     if variant.estimator == "tweedie":
         again = variant.checkpointing != "no"
         return TweedieValue(

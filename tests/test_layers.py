@@ -23,6 +23,7 @@ LAYERS = [
         "interruption",
         "deferral",
         "compilation",
+        "cuda_graphs",
         "training_curves",
         "training_logs",
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stitchvm.backbones.base import Backbone
 from stitchvm.backbones.loading import parse_dtype
+from stitchvm.cuda_graphs import Graphed
 from stitchvm.rewards.base import Reward
 from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.vae import latent_scaling
@@ -34,11 +35,14 @@ class StitchedValue(Value):
 
     Arguments:
         value_model: The stitched value model.
+        cuda_graph: Whether stitch and tail are launched as one CUDA graph; no effect on a CPU.
     """
 
-    def __init__(self, value_model: StitchedValueModel) -> None:
+    def __init__(self, value_model: StitchedValueModel, cuda_graph: bool = False) -> None:
         super().__init__(value_model.reward)
         self.value_model = value_model
+        networks = (value_model.stitch, value_model.tail)
+        self._graphed = Graphed(self._read_out, networks) if cuda_graph else None
 
     @classmethod
     def from_pretrained(
@@ -48,6 +52,7 @@ class StitchedValue(Value):
         reward: Reward | None = None,
         backbone: Backbone | None = None,
         dtype: str | None = None,
+        cuda_graph: bool = False,
     ) -> StitchedValue:
         """Loads a value model, frozen; on a generator of the same backbone it shares its transformer.
 
@@ -60,6 +65,7 @@ class StitchedValue(Value):
             reward: An already loaded reward to share.
             backbone: An already loaded backbone to share, where the generator lends none.
             dtype: What stitch and tail are cast to: "float32", "bfloat16" or "float16"; as they were saved by default.
+            cuda_graph: Whether stitch and tail are launched as one CUDA graph.
 
         Raises:
             FileNotFoundError: If there is no value model at `path`.
@@ -90,7 +96,7 @@ class StitchedValue(Value):
         if dtype is not None:
             for part in (model.stitch, model.tail):
                 part.to(parse_dtype(dtype))
-        return cls(frozen(model))
+        return cls(frozen(model), cuda_graph)
 
     def _bound(
         self, prompts: list[str] | None, text: Tensor | None, generator: Generators
@@ -106,7 +112,18 @@ class StitchedValue(Value):
         generator: Generators = None,
     ) -> Tensor:
         """Returns the image embeddings with shape (B, E); prompts and generator are not used."""
-        return self.value_model(z_t, same_level(t, z_t)).image
+        model = self.value_model
+        return self.from_features(model.backbone(z_t, same_level(t, z_t), model.i))
+
+    def from_features(self, h: Tensor) -> Tensor:
+        """Returns the image embeddings (B, E) of the backbone's features u^{≤i}(z_t), with shape (B, D, h, w)."""
+        again = getattr(self.value_model.tail, "gradient_checkpointing", False)
+        if self._graphed is None or again:
+            return self._read_out(h)
+        return self._graphed(h)
+
+    def _read_out(self, h: Tensor) -> Tensor:
+        return self.value_model.from_features(h).image
 
 
 class BoundStitched(BoundEstimator):
@@ -120,7 +137,7 @@ class BoundStitched(BoundEstimator):
         if prefixes is None or model.i not in prefixes:
             return super().__call__(z_t, t)
         _, text = match(self.prompts, self.text, len(z_t))
-        image = model.from_features(prefixes[model.i].features()).image
+        image = self.value.from_features(prefixes[model.i].features())
         return self.value.score(image, text)
 
     def depths(self, network: Any, null: Any) -> tuple[int, ...]:
@@ -147,12 +164,21 @@ class StitchedFactory(ValueFactory):
         dtype: What stitch and tail are cast to, as they were saved by default. On a GPU, float32 products take many
             times as long as "bfloat16" ones, which guidance can do with; values that differ little are told apart
             better in float32.
+        cuda_graph: Whether stitch and tail are launched as one CUDA graph: on a GPU, as much faster as there are few
+            samples; the values are the same. No effect on a CPU.
     """
 
-    def __init__(self, path: str, share_generator: bool = False, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        share_generator: bool = False,
+        dtype: str | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
         if dtype is not None:
             parse_dtype(dtype)  # raises for an unknown one
         self.path, self.share_generator, self.dtype = path, share_generator, dtype
+        self.cuda_graph = cuda_graph
 
     def __call__(self, parts: Parts) -> StitchedValue:
         """Returns the value; its reward becomes the run's if none is configured."""
@@ -164,7 +190,9 @@ class StitchedFactory(ValueFactory):
             reward = parts.known_reward(config["reward"])
         generator = parts.generator if self.share_generator else None
         backbone = parts.known_backbone(config)
-        value = StitchedValue.from_pretrained(self.path, generator, reward, backbone, self.dtype)
+        value = StitchedValue.from_pretrained(
+            self.path, generator, reward, backbone, self.dtype, self.cuda_graph
+        )
         parts.offer_reward(value.reward)
         parts.offer_backbone(value.value_model.backbone)
         return value
