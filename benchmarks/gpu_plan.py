@@ -161,6 +161,14 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
         ("--setup", *sides),
         sum(map(of.values, sides)),
     )
+    kernels = ("sd35m_1024", "flux_1024")
+    yield Part(
+        "attention",
+        "gradients under each attention kernel, SD 3.5 Medium and FLUX.1-dev",
+        "gpu_attention",
+        ("--setup", *kernels),
+        4 * sum(of.part(name, part, True) for name in kernels for part in ("prefix", "denoiser")),
+    )
     yield sampling(
         "particles", "sd35m_1024", "FK steering and best of N per image, 1024²", "FK", "best"
     )

@@ -128,7 +128,9 @@ def ratios(results: Results, rate: float | None) -> list[Record]:
         *_training(every),
         *_stage_1(every),
     ]
-    return [r | {"met": met(r["value"], r["aim"])} for r in found]
+    # the first stays where parts share the plain one
+    once = {(r["ratio"], r["of"]): r for r in reversed(found)}
+    return [r | {"met": met(r["value"], r["aim"])} for r in reversed(once.values())]
 
 
 def _stage_2(every: list[Record], rate: float) -> Iterator[Record]:

@@ -19,6 +19,11 @@ FOLDER = Path("results/h200")
 THEIRS = "the literature's"
 COMPILED = (", compiled", ", inductor")
 SIZES = {"sd35m_512": "512²", "sd35m_1024": "1024²", "sd35m": "512²"}
+OTHERS = {
+    "sd35m_1024_hpsv2": "Medium with HPSv2 (ViT-H/14)",
+    "sd35l_1024": "Large",
+    "flux_1024": "FLUX.1-dev",
+}
 
 Record = dict[str, Any]
 
@@ -32,10 +37,17 @@ def sections() -> dict[str, str]:
         raise SystemExit(
             f"page_gpu: {FOLDER} has no rate of matrix products: run benchmarks/gpu.py"
         )
+    timed, found = rows(results, rate), ratios(results, rate)
+    images = [r for r in timed if r["per"] not in ("call", "search")]
+    of_others = [r for r in found if setup_of(r["of"]) in OTHERS]
     return {
         "machine": machine(runs, rate),
-        "times": times(rows(results, rate)),
-        "aims": aims(ratios(results, rate)),
+        "times": times([r for r in images if setup_of(r["what"]) in SIZES]),
+        "aims": aims([r for r in found if r not in of_others]),
+        "calls": calls(results.get("values", [])),
+        "stage-1": stage_1(results.get("search", [])),
+        "others": others([r for r in images if setup_of(r["what"]) in OTHERS]),
+        "others-aims": aims(of_others),
         "parts": of_parts(changes(results)),
     }
 
@@ -68,7 +80,7 @@ def summary() -> str:
         ],
         [
             "an image of 100 steps at 1024²: plain; guided by a stitched value",
-            f"{image('plain, inductor'):.1f} s; {image('DPS stitched, inductor'):.1f} s",
+            f"{image('plain, inductor'):.1f} s; {image('DPS stitched, CUDA graph, inductor'):.1f} s",
         ],
         [
             "guidance by a Tweedie value, as in the literature, beside a stitched one: time; memory",
@@ -98,6 +110,11 @@ def machine(runs: Runs, rate: float) -> str:
     )
 
 
+def setup_of(what: str) -> str:
+    """Returns the setup that a row or a ratio is of."""
+    return what.split(":", 1)[0]
+
+
 def bare(what: str) -> str:
     """Returns the name of what was measured without its compilation."""
     for word in COMPILED:
@@ -110,7 +127,8 @@ def times(records: list[Record]) -> str:
     pairs: dict[str, dict[bool, Record]] = {}
     for r in records:
         if r["part"] != "rate" and r.get("seconds"):
-            pairs.setdefault(bare(r["what"]), {})[r["what"] != bare(r["what"])] = r
+            # the first stays where parts share the plain one
+            pairs.setdefault(bare(r["what"]), {}).setdefault(r["what"] != bare(r["what"]), r)
     head = ["SD 3.5 Medium", "TFLOP", "seconds", "of the rate", "GiB"]
     head += ["compiled: seconds", "of the rate", "GiB"]
     lines = []
@@ -135,6 +153,56 @@ def cells(record: Record | None) -> Iterator[str]:
     yield f"{record['peak_memory_gib']:.1f}"
 
 
+def calls(records: list[Record]) -> str:
+    """Returns what single calls of a value take, in milliseconds, without a CUDA graph and with one."""
+    found: dict[tuple[str, str, int], dict[tuple[bool, bool], Record]] = {}
+    for r in records:
+        if "seconds" in r:
+            name = r["value"].removesuffix(", CUDA graph")
+            each = found.setdefault((r["setup"], name, r["batch_size"]), {})
+            each[r["cuda_graph"], r["gradient"]] = r
+    head = ["value", "samples", "ms", "with gradient", "GiB"]
+    head += ["CUDA graph: ms", "with gradient", "GiB"]
+    lines = []
+    for (setup, name, batch), each in found.items():
+        line = [f"{name}, {SIZES[setup]}", str(batch)]
+        for graph in (False, True):
+            both = [each.get((graph, gradient)) for gradient in (False, True)]
+            line += ["–" if r is None else f"{1e3 * r['seconds']:.3g}" for r in both]
+            line.append("–" if both[1] is None else f"{both[1]['peak_memory_gib']:.1f}")
+        lines.append(line)
+    return table(head, lines)
+
+
+def stage_1(records: list[Record]) -> str:
+    """Returns the seconds of each part of the search, and of what a plain pass would take."""
+    seconds = {r["part"]: r["seconds"] for r in records if "seconds" in r}
+    names = {
+        "encode": "VAE (not in the ratio)",
+        "backbone": "backbone, all depths",
+        "reward": "reward, all blocks, float32",
+        "gram": "products of features, float32",
+        "solve": "24 × 4 least-squares solutions",
+        "tail": "tails of the best cells on 32 images",
+    }
+    (variant,) = {r["variant"] for r in records if "variant" in r}
+    ratio = next(r["ratio"] for r in records if "ratio" in r)
+    lines = [[what, f"{seconds[name]:.2g}"] for name, what in names.items()]
+    lines.append(["all but the VAE, over a plain pass of backbone and reward", f"{ratio:.2f}"])
+    return table([f"SD 3.5 Medium, 512²: {variant}", "seconds"], lines)
+
+
+def others(records: list[Record]) -> str:
+    """Returns seconds, utilisation and memory of other models and rewards."""
+    head = ["1024², an image of 100 steps", "", "TFLOP", "seconds", "of the rate", "GiB"]
+    lines = []
+    for r in records:
+        if r.get("seconds"):
+            setup, name = r["what"].split(": ", 1)
+            lines.append([OTHERS[setup], name, f"{r['tflop']:,.0f}", *cells(r)])
+    return table(head, lines)
+
+
 def aims(records: list[Record]) -> str:
     """Returns the ratios that have an aim."""
     words = {True: "yes", False: "no"}
@@ -155,7 +223,10 @@ def counted(record: Record) -> str:
 
 def of_parts(records: list[Record]) -> str:
     """Returns what kernels, layouts and compilation do to the parts of a step, in milliseconds."""
-    every = [r for r in records if r["what"].startswith("sd35m_1024: ") and r["speed_up"]]
+    found = [r for r in records if r["what"].startswith("sd35m_1024: ") and r["speed_up"]]
+    parts = ("denoiser", "prefix", "stitch and tail", "decoder")
+    found = [r for r in found if r["what"].split(": ")[1].removesuffix(", backward") in parts]
+    every = {(r["what"], r["change"]): r for r in reversed(found)}.values()  # the first stays
     return table(
         ["1024², one sample", "change", "ms before", "ms after", "times as fast"],
         [
@@ -166,7 +237,6 @@ def of_parts(records: list[Record]) -> str:
                 f"{1e3 * r['after']:.3g}",
                 f"{r['speed_up']:.2f}",
             ]
-            for r in every
-            if not r["change"].startswith("blocks by")
+            for r in reversed(every)
         ],
     )

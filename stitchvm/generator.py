@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
+from stitchvm.backbones.dense_gradients import dense_gradients
 from stitchvm.backbones.flux import FluxBackbone, call_flux
 from stitchvm.backbones.loading import block_lists, parse_dtype, read_model_class
 from stitchvm.backbones.network import NetworkBackbone
@@ -34,8 +35,7 @@ _WEIGHTS = [
     "model_index.json",
     "scheduler/scheduler_config.json",
     "transformer/config.json",
-    "transformer/diffusion_pytorch_model.safetensors",
-    "transformer/diffusion_pytorch_model-*.safetensors",
+    *(f"transformer/diffusion_pytorch_model{x}.safetensors" for x in ("", "-*")),
     "transformer/diffusion_pytorch_model.safetensors.index.json",
 ]
 
@@ -101,6 +101,7 @@ class Generator(nn.Module):
         self.transformer: Any = getattr(diffusers, class_name).from_pretrained(
             folder, subfolder="transformer", torch_dtype=torch_dtype, use_safetensors=True
         )
+        dense_gradients(self.transformer)
         self.requires_grad_(False)
         self.eval()
         if gradient_checkpointing:
@@ -141,6 +142,7 @@ class Generator(nn.Module):
         self.guidance_scale = scale if guidance_scale is None else guidance_scale
         self.vae = VAE.from_network(pipe.vae, id)
         self.transformer = pipe.transformer
+        dense_gradients(self.transformer)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and "lora_" in name)
         self.eval()

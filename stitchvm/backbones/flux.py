@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
+from stitchvm.backbones.dense_gradients import dense_gradients
 from stitchvm.backbones.loading import find_tensors, load_tensors
 from stitchvm.backbones.network import NetworkBackbone
 from stitchvm.backbones.text import Condition
@@ -134,6 +135,10 @@ class FluxBackbone(NetworkBackbone):
     def block_count(config: dict[str, Any]) -> int:
         """Returns the number of blocks of a configuration."""
         return config["num_layers"] + config["num_single_layers"]
+
+    def _adopt(self, id: str, config: dict[str, Any], null: Condition) -> None:
+        dense_gradients(self.network)
+        super()._adopt(id, config, null)
 
     def read_shape(self, config: dict[str, Any]) -> None:
         """Takes channels and patch size from the transformer's configuration."""

@@ -252,7 +252,7 @@ def test_everything_at_reduced_size(tmp_path, capsys, monkeypatch):
     assert {r["part"]: r["state"] for r in states} == {part.name: "done" for part in plan}
     summary = json.loads((tmp_path / "summary.json").read_text())
     rows = [r for r in summary["records"] if r["summary"] == "row"]
-    quiet = {"compile", "cli", "profile_distillation", "profile_guidance"}  # no rows of their own
+    quiet = {"attention", "compile", "cli", "profile_distillation", "profile_guidance"}  # no rows
     assert {r["part"] for r in rows} == {part.name for part in plan} - quiet
     for row in rows:
         assert row["error"] is None if "error" in row else True
