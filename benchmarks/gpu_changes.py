@@ -24,6 +24,11 @@ def shipped(records: Sequence[Record], compiled: bool = False) -> Record | None:
     return None
 
 
+def changed(form: str) -> str:
+    """Returns what a form of a part is, beside the eager one."""
+    return form if form == "CUDA graph" else f"compiled {form}"
+
+
 def changes(results: Results) -> list[Record]:
     """Returns what each variant changes: seconds before and after, and the speed-up."""
     answer: list[Record] = []
@@ -46,7 +51,7 @@ def changes(results: Results) -> list[Record]:
         if r.get("form", "eager") != "eager" and r["part"] in eager and r["part"] != "reward":
             for way in ("seconds", "backward_seconds"):
                 what = f"{r['setup']}: {r['part']}{', backward' * (way != 'seconds')}"
-                add(what, f"compiled {r['form']}", eager[r["part"]][way], r[way])
+                add(what, changed(r["form"]), eager[r["part"]][way], r[way])
     steps = [r for r in every if r["benchmark"] == "distillation" and "latents_per_second" in r]
     for setup in dict.fromkeys(r["setup"] for r in steps):
         own = [r for r in steps if r["setup"] == setup]

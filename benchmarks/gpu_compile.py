@@ -1,11 +1,12 @@
-"""What `torch.compile` does to each part of the computation: not at all, block by block, and whole networks.
+"""What `torch.compile` and CUDA graphs do to each part of the computation.
 
     python benchmarks/gpu_compile.py --setup sd35m_1024 --device cuda
 
 The parts are those of `sampling_steps.part_calls`, a batch of one, forward and backward to the input. "per block" is
 regional compilation (`stitchvm.compilation`): each block of transformer and tail is compiled by itself, all of one kind
-from one compilation. "whole" compiles the transformer, the prefix, the tail as one graph each. Both compile the VAE's
-decoder. Seconds of compilation are those of the first call beyond a later one.
+from one compilation. "whole" compiles the transformer, the prefix, the tail as one graph each, which takes minutes.
+Both compile the VAE's decoder. "CUDA graph" launches stitch and tail as one, compiled by the block or not. Seconds of
+compilation are those of the first call beyond a later one.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from stitchvm.compilation import compile_forward
 from stitchvm.results import records_to_text
 
 Record = dict[str, Any]
-FORMS = ("eager", "per block", "whole")
+FORMS = ("eager", "CUDA graph", "per block", "per block, CUDA graph", "whole")
 
 
 def forms(rig: Rig) -> dict[str, list[nn.Module]]:
-    """Returns what is compiled, by name."""
+    """Returns what is compiled, by form."""
     model, decoder = rig.model, rig.generator.vae.network.decoder
     blocks = [*model.backbone.blocks, *model.tail.blocks]
     whole = [rig.generator.transformer, model.backbone, model.tail]
-    return dict(zip(FORMS, ([], [*blocks, decoder], [*whole, decoder]), strict=True))
+    by_block = [*blocks, decoder]
+    return dict(zip(FORMS, ([], [], by_block, by_block, [*whole, decoder]), strict=True))
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.add_argument("--setup", default="sd35m_1024", choices=[*SAMPLING_SETUPS])
     made.add_argument("--backend", default="inductor", help="of torch.compile")
     made.add_argument("--repeats", type=int, default=3, help="calls whose median counts")
-    made.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+    made.add_argument("--forms", nargs="+", default=FORMS[:-1], choices=FORMS)
     args, device = parse(made, argv)
     torch.manual_seed(0)
     setup = SAMPLING_SETUPS[args.setup]
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     every = {form: modules for form, modules in forms(rig).items() if form in args.forms}
     for number, (form, modules) in enumerate(every.items()):
         with compiled(modules, args.backend):
-            records += form_records(rig, form, partial(part_seconds, rig, args.repeats))
+            measure = partial(part_seconds, rig, args.repeats, graph="CUDA graph" in form)
+            records += form_records(rig, form, measure)
         if args.output:
             write(args.output, records, device, args.overwrite or number > 0)
     for record in records:

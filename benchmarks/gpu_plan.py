@@ -197,10 +197,10 @@ def _parts(of: Counts, profile: bool, reduced: bool) -> Iterator[Part]:
     repeats = 3
     yield Part(
         "compile",
-        "torch.compile of each part: none, per block, whole",
+        "torch.compile of each part, CUDA graph of the tail",
         "gpu_compile",
         ("--setup", "sd35m_1024", "--repeats", str(repeats)),
-        3 * 2 * (1 + repeats) * of.all_parts("sd35m_1024"),
+        4 * 2 * (1 + repeats) * of.all_parts("sd35m_1024"),
         waits=1.5 * COMPILING,
     )
     # what follows adds to what is known of other sizes

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stitchvm.modules.meter import Meter
 from stitchvm.values.base import Value
+from stitchvm.values.stitched import StitchedValue
 
 __all__ = ["Measured", "in_own_process", "measured", "part_calls", "part_seconds", "run_short"]
 
@@ -139,8 +140,15 @@ def measured(
     return best, memory
 
 
-def part_calls(rig: Rig) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Returns each part of the computation as a function, and an input for it, a batch of one."""
+def part_calls(
+    rig: Rig, graph: bool = False
+) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Returns each part of the computation as a function, and an input for it, a batch of one.
+
+    Arguments:
+        rig: The networks.
+        graph: Whether stitch and tail are launched as a CUDA graph.
+    """
     generator, model, device = rig.generator, rig.model, rig.device
     z = torch.randn(1, generator.latent_channels, *rig.latent_size, device=device)
     t = torch.full((1,), 0.5, device=device)
@@ -150,7 +158,7 @@ def part_calls(rig: Rig) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]
     return {
         "denoiser": (lambda x: generator.velocity(x, t, generator.null, 1.0), z),
         "prefix": (lambda x: model.backbone(x, t, model.i), z),
-        "stitch and tail": (lambda h: model.from_features(h).image, h),
+        "stitch and tail": (StitchedValue(model, graph).from_features, h),
         "decoder": (generator.vae.decode, z),
         "reward": (
             lambda x: rig.reward.embed(x).image,
@@ -159,10 +167,18 @@ def part_calls(rig: Rig) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]
     }
 
 
-def part_seconds(rig: Rig, repeats: int) -> dict[str, tuple[float, float]]:
-    """Returns the seconds of each part: forward alone, and forward with backward less that."""
+def part_seconds(rig: Rig, repeats: int, graph: bool = False) -> dict[str, tuple[float, float]]:
+    """Returns the seconds of each part: forward alone, and forward with backward less that.
+
+    Arguments:
+        rig: The networks.
+        repeats: Calls whose median counts.
+        graph: Whether to measure stitch and tail only, as a CUDA graph.
+    """
     answer = {}
-    for name, (call, x) in part_calls(rig).items():
+    calls = part_calls(rig, graph)
+    for name in ["stitch and tail"] if graph else calls:
+        call, x = calls[name]
 
         def forward(call: Callable[[Tensor], Tensor] = call, x: Tensor = x) -> None:
             with torch.no_grad():

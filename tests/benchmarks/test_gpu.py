@@ -271,7 +271,7 @@ def test_everything_at_reduced_size(tmp_path, capsys, monkeypatch):
         "stage 1 / one plain pass of backbone and reward: time",
     }
     changed = {r["change"] for r in summary["records"] if r["summary"] == "change"}
-    assert {"compiled per block", "compiled whole", "batch 1 -> 8"} <= changed
+    assert {"compiled per block", "CUDA graph", "batch 1 -> 8"} <= changed
     for of in ("distillation", "guidance"):
         assert "aten::" in (tmp_path / f"profile_{of}.txt").read_text()
     printed = capsys.readouterr().out
