@@ -85,8 +85,9 @@ def changes(results: Results) -> list[Record]:
             add(what, f"batch 1 -> {r['batch_size']}", *each)
     for r in calls:
         same = ("setup", "gradient", "batch_size")
-        if r.get("cuda_graph"):
-            other = next(o for o in calls if all(o[key] == r[key] for key in same))
+        others = (o for o in calls if o["value"] == "stitched")
+        other = next((o for o in others if all(o[key] == r[key] for key in same)), None)
+        if r.get("cuda_graph") and other is not None:
             what = f"{r['setup']}: stitched value{' and gradient' * r['gradient']}, batch {r['batch_size']}"
             add(what, "stitch and tail as a CUDA graph", other["seconds"], r["seconds"])
     return answer

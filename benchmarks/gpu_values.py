@@ -32,17 +32,20 @@ BATCHES = (1, 4, 8)  # a sample, the paper's N, and N particles with M = 2 propo
 
 def cases() -> list[tuple[Variant, int, bool]]:
     """Returns values with their batch sizes, without and with a gradient."""
-    answer = [
-        (Variant("dps", "stitched", graph=graph), size, gradient)
+    stitched, graphed = (
+        [
+            (Variant("dps", "stitched", graph=graph), size, gradient)
+            for size in BATCHES
+            for gradient in (False, True)
+        ]
         for graph in (False, True)
-        for size in BATCHES
+    )
+    tweedie = [  # beyond one sample it is the decoder's memory that counts
+        (Variant("dps", "tweedie", velocity), 1, gradient)
+        for velocity in ("null", "cfg")
         for gradient in (False, True)
     ]
-    for velocity in ("null", "cfg"):  # beyond one sample it is the decoder's memory that counts
-        answer += [
-            (Variant("dps", "tweedie", velocity), 1, gradient) for gradient in (False, True)
-        ]
-    return answer
+    return [*stitched, *tweedie, *graphed]  # each recording leaves some memory behind
 
 
 def value_record(

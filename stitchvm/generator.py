@@ -124,7 +124,7 @@ class Generator(nn.Module):
         """Returns a generator around a loaded `StableDiffusion3Pipeline` or `FluxPipeline`; nothing is copied.
 
         Device, dtypes, scheduler and text encoders are the pipeline's. Transformer and VAE are frozen, up to LoRA
-        adapters.
+        adapters; FLUX's transformer keeps the hooks of `dense_gradients`.
 
         Arguments:
             pipe: The pipeline.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +37,21 @@ class Recorder:
     def __init__(self) -> None:
         self.recorded: list[tuple[tuple[int, ...], bool]] = []
         self.latest: dict[int, Any] = {}
+        self.current: torch.device | None = None
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        self.current = device
+        yield
+        self.current = None
 
     def pool(self) -> int:
         self.latest[len(self.latest)] = None
         return len(self.latest) - 1
 
     def record(self, function: Callable[[Tensor], Tensor], args: Any, pool: int) -> Any:
-        assert not torch.is_autocast_cache_enabled()
+        assert not torch.is_autocast_cache_enabled() and not torch.is_inference_mode_enabled()
+        assert self.current == args[0].device
         (own,) = args
         self.recorded.append((tuple(own.shape), own.requires_grad))
         place, gradient, activations = torch.empty_like(function(own)), torch.empty_like(own), {}
@@ -60,6 +73,7 @@ class Recorder:
                     return torch.full_like(gradient, torch.nan)
                 x, y = activations["x"], activations["y"]
                 gradient.copy_(torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+                latest[pool] = None  # it works in the activations' memory
                 return gradient.detach()
 
         return Replayed.apply
@@ -70,6 +84,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", recorder.pool)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder.record)
+    monkeypatch.setattr(torch.cuda, "device", recorder.device)
     return recorder
 
 
@@ -96,7 +111,7 @@ def test_later_calls_change_no_earlier_answer(recorder: Recorder) -> None:
     _, here = cubic()
     with pretend_cuda() as device:
         net, function = cubic(device)
-        graphed = Graphed(function, [net])
+        graphed = Graphed(function, lambda: [net])
         xs = inputs(device, 2, 2, 4, 2)
         for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0, 3, 2, 0]):
             ys = [graphed(x) for x in xs]
@@ -117,7 +132,7 @@ def test_a_gradient_is_multiplied_by_what_comes_back(recorder: Recorder) -> None
         net, function = cubic(device)
         (x,) = inputs(device, 2)
         weights = torch.tensor([2.0, -1.0], device=device)[:, None]
-        (gradient,) = torch.autograd.grad((weights * Graphed(function, [net])(x)).sum(), x)
+        (gradient,) = torch.autograd.grad((weights * Graphed(function, lambda: [net])(x)).sum(), x)
         own = back(x).requires_grad_()
         (expected,) = torch.autograd.grad((back(weights) * here(own)).sum(), own)
     assert torch.equal(back(gradient), expected)
@@ -129,7 +144,7 @@ def test_kinds_of_calls_have_graphs_of_their_own(
     monkeypatch.setattr(cuda_graphs, "KINDS", 3)
     with pretend_cuda() as device:
         net, function = cubic(device)
-        graphed = Graphed(function, [net])
+        graphed = Graphed(function, lambda: [net])
         (x,) = inputs(device, 2)
         assert graphed(x).requires_grad
         with torch.no_grad():
@@ -143,12 +158,24 @@ def test_kinds_of_calls_have_graphs_of_their_own(
         assert recorder.recorded[2:] == [((4, WIDTH), True)]
 
 
+def test_a_graph_of_inference_mode_serves_outside_of_it(recorder: Recorder) -> None:
+    """Memory made there could not be written to elsewhere. (On the CPU: the pretence knows no such tensors.)"""
+    _, function = cubic()
+    (x,) = inputs("cpu", 2)
+    memory = cuda_graphs._Memory(recorder.pool())
+    with torch.inference_mode():
+        graph = cuda_graphs._Graph(function, x, False, memory)
+        assert torch.equal(graph.run(x)[0], function(x))
+    with torch.no_grad():
+        assert torch.equal(graph.run(2 * x)[0], function(2 * x))
+
+
 def test_what_has_moved_is_recorded_anew(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pretend_cuda() as device:
         net, function = cubic(device)
-        graphed = Graphed(function, [net])
+        graphed = Graphed(function, lambda: [net])
         (x,) = inputs(device, 2)
         graphed(x)
         net.weight.mul_(2)  # in place: a graph reads the weights where they are
@@ -164,21 +191,64 @@ def test_what_has_moved_is_recorded_anew(
     assert len(recorder.recorded) == 2
 
 
+def test_what_is_replaced_is_recorded_anew(recorder: Recorder) -> None:
+    with pretend_cuda() as device:
+        nets = [
+            cubic(device)[0],
+            nn.Linear(WIDTH, WIDTH).to(device).requires_grad_(False).double(),
+        ]
+        graphed = Graphed(lambda x: nets[0](x.to(nets[0].weight.dtype)) ** 3, lambda: nets[:1])
+        (x,) = inputs(device, 2)
+        first = back(graphed(x))
+        nets.reverse()
+        second = back(graphed(x))
+        assert not torch.equal(first, second.float())
+        assert torch.equal(second, back(nets[0](x.double()) ** 3))
+    assert len(recorder.recorded) == 2
+
+
+def test_graphs_end_with_their_value_and_are_not_copied(
+    on: Callable[[str], Any], recorder: Recorder
+) -> None:
+    with pretend_cuda() as device:
+        net, function = cubic(device)
+        graphed = Graphed(function, lambda: [net])
+        (x,) = inputs(device, 2)
+        graphed(x)
+        assert not copy.deepcopy(graphed)._graphs and graphed._graphs
+        net.cpu()
+        graphed(x.cpu())
+    assert not graphed._graphs and graphed._memory is None
+    _, values = on("cpu")
+    value = StitchedValue(values["shared"].value_model, cuda_graph=True)
+    again = pickle.loads(pickle.dumps(value._graphed))
+    h = torch.randn(1, value.value_model.stitch.in_width, 4, 4)
+    assert torch.equal(again(h), value.from_features(h))
+    gone = weakref.ref(value)
+    gc.disable()
+    try:
+        del value
+        assert gone() is None  # at once: nothing that it holds leads back to it
+    finally:
+        gc.enable()
+
+
 def test_what_cannot_be_recorded_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: Any, **kwargs: Any) -> None:
         raise error
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", refused)
+    monkeypatch.setattr(torch.cuda, "device", Recorder().device)
     with pretend_cuda() as device:
         net, function = cubic(device)
         (x,) = inputs(device, 2)
         error: Exception = RuntimeError("operation not permitted when stream is capturing")
         with pytest.raises(ValueError, match=r"not permitted.*cuda_graph: false"):
-            Graphed(function, [net])(x)
+            Graphed(function, lambda: [net])(x)
         error = torch.OutOfMemoryError("no more")
         with pytest.raises(torch.OutOfMemoryError):
-            Graphed(function, [net])(x)
+            Graphed(function, lambda: [net])(x)
 
 
 def test_samplers_draw_the_same(on: Callable[[str], Any], recorder: Recorder) -> None:
@@ -236,7 +306,7 @@ def test_on_a_gpu_it_is_the_same_to_the_bit() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
     net = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).cuda().requires_grad_(False)
-    graphed = Graphed(lambda x: net(x).mean(1), [net])
+    graphed = Graphed(lambda x: net(x).mean(1), lambda: [net])
     xs = [torch.randn(n, 9, 64, device="cuda", requires_grad=True) for n in (2, 1, 2)]
     for _ in range(2):
         ys = [graphed(x) for x in xs]
@@ -244,11 +314,14 @@ def test_on_a_gpu_it_is_the_same_to_the_bit() -> None:
             expected = net(x).mean(1)
             weights = torch.randn_like(y)
             assert torch.equal(y, expected)
-            (found,) = torch.autograd.grad((y * weights).sum(), x)
             (wanted,) = torch.autograd.grad((expected * weights).sum(), x)
-            assert torch.equal(found, wanted)
+            for _ in range(2):
+                (found,) = torch.autograd.grad((y * weights).sum(), x, retain_graph=True)
+                assert torch.equal(found, wanted)
         with torch.no_grad():
             assert torch.equal(graphed(xs[0]), net(xs[0]).mean(1))
+    memory, old = graphed._memory, [p.data for p in net.parameters()]  # kept: not given out again
     net.cpu()
-    net.cuda()  # elsewhere
+    net.cuda()
     assert torch.equal(graphed(xs[0]), net(xs[0]).mean(1))
+    assert old and graphed._memory is not memory

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stitchvm.backbones.base import Backbone
 from stitchvm.backbones.loading import parse_dtype
@@ -41,8 +42,11 @@ class StitchedValue(Value):
     def __init__(self, value_model: StitchedValueModel, cuda_graph: bool = False) -> None:
         super().__init__(value_model.reward)
         self.value_model = value_model
-        networks = (value_model.stitch, value_model.tail)
-        self._graphed = Graphed(self._read_out, networks) if cuda_graph else None
+        self._graphed: Graphed | None = None
+        if cuda_graph:
+            self._graphed = Graphed(
+                partial(_read_out, value_model), partial(_networks, value_model)
+            )
 
     @classmethod
     def from_pretrained(
@@ -119,11 +123,16 @@ class StitchedValue(Value):
         """Returns the image embeddings (B, E) of the backbone's features u^{≤i}(z_t), with shape (B, D, h, w)."""
         again = getattr(self.value_model.tail, "gradient_checkpointing", False)
         if self._graphed is None or again:
-            return self._read_out(h)
+            return _read_out(self.value_model, h)
         return self._graphed(h)
 
-    def _read_out(self, h: Tensor) -> Tensor:
-        return self.value_model.from_features(h).image
+
+def _read_out(model: StitchedValueModel, h: Tensor) -> Tensor:
+    return model.from_features(h).image
+
+
+def _networks(model: StitchedValueModel) -> tuple[nn.Module, ...]:
+    return model.stitch, model.tail
 
 
 class BoundStitched(BoundEstimator):
