@@ -27,7 +27,11 @@ class LeanCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Writes `checkpoint` at `path`; until it is whole, `path` is what it was before."""
+        """Writes `checkpoint` at `path`; until it is whole, `path` is what it was before.
+
+        Raises:
+            OSError: If it cannot be written, such as to a full disk.
+        """
         if storage_options is not None or not _local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -37,6 +41,9 @@ class LeanCheckpointIO(TorchCheckpointIO):
         try:
             torch.save(checkpoint, part)
             os.replace(part, file)
+        except RuntimeError as error:  # torch says that positions differ, and not why
+            _write_more(part, file, error)
+            raise
         finally:
             part.unlink(missing_ok=True)
 
@@ -61,6 +68,15 @@ class LeanCheckpointIO(TorchCheckpointIO):
             path, map_location=map_location, weights_only=weights_only, mmap=True
         )
         return checkpoint
+
+
+def _write_more(part: Path, file: Path, cause: Exception) -> None:
+    """Raises OSError with the system's reason if nothing more can be written."""
+    try:
+        with part.open("ab") as stream:
+            stream.write(bytes(2**20))
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from cause
 
 
 def check_checkpoint_file(path: str | Path) -> None:
