@@ -20,7 +20,7 @@ def section() -> str:
     machine = content["machine"]
     passed = sum(r["passed"] for r in records)
     lines = [
-        f"{passed} of {len(records)} that were tried have passed on {machine['cpu']}, {machine['cores']} cores, "
+        f"{passed} of {len(records)} that have ended have passed on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_gib']:.0f} GiB (`{RESULTS}`).",
         "",
         "| configuration | commands | peak memory, GiB | anonymous, GiB | seconds | |",
