@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from stitchvm.tables import records_to_markdown, records_to_text
+from stitchvm.writing import written
 
 __all__ = [
     "check_free",
@@ -214,12 +215,8 @@ def write_results(
     if config is not None:
         content["config"] = config
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written(path) as part:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -21,6 +21,7 @@ from stitchvm.packing import unpack
 from stitchvm.rewards.base import Embedding, Reward, RewardTail
 from stitchvm.spec import build, fingerprint, spec_of
 from stitchvm.stitch import StitchLayer
+from stitchvm.writing import written
 
 __all__ = ["StitchedValueModel"]
 
@@ -135,7 +136,8 @@ class StitchedValueModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = self.trainable() if state is None else state
         state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        with written(folder / WEIGHTS) as part:
+            save_file(state, part, metadata={"format": "pt"})
         config = self.config() if config is None else config
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (folder / CARD).write_text(card if card is not None else model_card(config))

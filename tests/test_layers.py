@@ -24,6 +24,7 @@ LAYERS = [
         "deferral",
         "compilation",
         "cuda_graphs",
+        "writing",
         "training_curves",
         "training_logs",
     ],

@@ -10,13 +10,13 @@ of the model, its encoders' files, the number of text tokens and the dtype, so a
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from pathlib import Path
 
 from stitchvm.backbones.loading import dtype_name
 from stitchvm.backbones.text import Condition, TextEncoders
 from stitchvm.hub import cache_folder, resolve
+from stitchvm.writing import written
 
 _HASH_BELOW = 16 * 2**20  # bytes; larger files are told apart by size and time
 
@@ -82,13 +82,12 @@ def write_condition(file: Path, condition: Condition, metadata: dict[str, str]) 
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     tensors = {
         "tokens": condition.tokens.detach().cpu().contiguous(),
         "pooled": condition.pooled.detach().cpu().contiguous(),
     }
-    save_file(tensors, part, metadata=metadata)
-    os.replace(part, file)
+    with written(file) as part:
+        save_file(tensors, part, metadata=metadata)
 
 
 def null_condition(encoders: TextEncoders, null_embeddings: str | None = None) -> Condition:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +30,7 @@ from torch.utils.data import Dataset
 from stitchvm.data.base import Sample
 from stitchvm.data.datasets import BadImages
 from stitchvm.data.loader import Loader
+from stitchvm.writing import written
 
 MANIFEST = "manifest.json"
 
@@ -99,7 +99,8 @@ def build_latent_cache(
     if (folder / MANIFEST).exists():
         check_manifest(folder, manifest)
     else:
-        _write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+        with written(folder / MANIFEST, sync=True) as part:
+            part.write_text(json.dumps(manifest, indent=2))
     todo = [
         s
         for s in range(rank, num_shards(manifest), world_size)
@@ -117,10 +118,8 @@ def build_latent_cache(
         while sum(map(len, parts)) < len(samples):
             parts.append(next(latents))
         tensors = {"latents": torch.cat(parts), "index": torch.tensor(samples)}
-        path = shard_path(folder, shard)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-        save_file(tensors, unfinished)
-        _rename(unfinished, path)
+        with written(shard_path(folder, shard), sync=True) as part:
+            save_file(tensors, part)
     return folder
 
 
@@ -235,15 +234,3 @@ def num_shards(manifest: dict[str, Any]) -> int:
 def shard_path(folder: Path, shard: int) -> Path:
     """Returns the path of shard number `shard`."""
     return folder / f"latents-{shard:05d}.safetensors"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    unfinished.write_bytes(content)
-    _rename(unfinished, path)
-
-
-def _rename(unfinished: Path, path: Path) -> None:
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -13,6 +13,7 @@ from typing import Any
 
 from stitchvm.tables import records_to_markdown
 from stitchvm.value_model import CARD, CONFIG
+from stitchvm.writing import written
 
 __all__ = ["measured_card", "write_measured"]
 
@@ -67,7 +68,6 @@ def write_measured(
     if not os.access(card, os.W_OK) or not os.access(folder, os.W_OK):
         return None
     text = measured_card(card.read_text(), data, estimator, records)
-    part = card.with_name(f".{card.name}.part")
-    part.write_text(text)
-    part.replace(card)
+    with written(card) as part:
+        part.write_text(text)
     return card

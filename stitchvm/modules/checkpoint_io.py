@@ -9,7 +9,6 @@ read. Addresses such as s3:// go Lightning's way.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from stitchvm.writing import written
 
 __all__ = ["LeanCheckpointIO", "check_checkpoint_file"]
 
@@ -37,15 +38,8 @@ class LeanCheckpointIO(TorchCheckpointIO):
             return
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.part")
-        try:
+        with written(file) as part:
             torch.save(checkpoint, part)
-            os.replace(part, file)
-        except RuntimeError as error:  # torch says that positions differ, and not why
-            _write_more(part, file, error)
-            raise
-        finally:
-            part.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,
@@ -68,15 +62,6 @@ class LeanCheckpointIO(TorchCheckpointIO):
             path, map_location=map_location, weights_only=weights_only, mmap=True
         )
         return checkpoint
-
-
-def _write_more(part: Path, file: Path, cause: Exception) -> None:
-    """Raises OSError with the system's reason if nothing more can be written."""
-    try:
-        with part.open("ab") as stream:
-            stream.write(bytes(2**20))
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from cause
 
 
 def check_checkpoint_file(path: str | Path) -> None:

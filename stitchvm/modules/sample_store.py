@@ -20,6 +20,7 @@ from typing import IO, Any
 from PIL import Image
 
 from stitchvm.results import finite
+from stitchvm.writing import written
 
 __all__ = ["Line", "SampleStore", "differences"]
 
@@ -165,12 +166,8 @@ class SampleStore:
             pixels: A uint8 array with shape (H, W, 3).
         """
         path = self.images / f"{name}.png"
-        part = self.images / f".{name}.{os.getpid()}.part"
-        with part.open("wb") as file:
-            Image.fromarray(pixels).save(file, format="PNG", compress_level=3)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with written(path, sync=True) as part:
+            Image.fromarray(pixels).save(part, format="PNG", compress_level=3)
         return path.relative_to(self.root).as_posix()
 
     def append(self, line: Line) -> None:
@@ -251,12 +248,5 @@ def short(value: Any) -> str:
 
 def replace(path: Path, content: bytes) -> None:
     """Writes a file that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written(path, sync=True) as part:
+        part.write_bytes(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -118,23 +117,3 @@ def test_what_is_no_checkpoint_or_half_of_one_is_said_without_a_trace(tmp_path: 
         (tmp_path / "bad.ckpt").write_bytes(content)
         with pytest.raises(ValueError, match=rf"bad\.ckpt is not a .* \({len(content)} bytes\)"):
             LeanCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own error speaks of positions in the file."""
-    file = tmp_path / "last.ckpt"
-    file.write_bytes(b"as it was")
-    (tmp_path / ".last.ckpt.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        LeanCheckpointIO().save_checkpoint({"x": torch.zeros(2**20)}, file)
-    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(file)
-    assert file.read_bytes() == b"as it was" and list(tmp_path.iterdir()) == [file]
-
-    def failing(checkpoint: Any, path: Path) -> None:
-        raise RuntimeError("of another kind")
-
-    monkeypatch.setattr(torch, "save", failing)
-    with pytest.raises(RuntimeError, match="of another kind"):
-        LeanCheckpointIO().save_checkpoint({}, file)
-    assert file.read_bytes() == b"as it was" and list(tmp_path.iterdir()) == [file]
