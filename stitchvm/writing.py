@@ -5,8 +5,8 @@ What torch and safetensors raise on a full disk is none of Python's own errors (
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +29,11 @@ def written(file: Path, sync: bool = False) -> Iterator[Path]:
     try:
         try:
             yield part
-        except OSError as error:
-            if error.errno == errno.ENOSPC:  # of a write, which knows no name
-                raise OSError(error.errno, error.strerror, str(file)) from error
-            raise
         except Exception as error:
-            _write_more(part, file, error)
-            raise
+            number = _reason(part, error)
+            if number is None:
+                raise
+            raise OSError(number, os.strerror(number), str(file)) from error
         if sync:
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -44,10 +42,16 @@ def written(file: Path, sync: bool = False) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _write_more(part: Path, file: Path, cause: Exception) -> None:
-    """Raises OSError with the system's reason if nothing more can be written."""
+def _reason(part: Path, error: Exception) -> int | None:
+    """Returns the system's number of what kept a file from being written; None if that was something else."""
+    if isinstance(error, OSError):  # of a write, it knows no name
+        return error.errno if error.filename is None else None
+    said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors, which has cleared up
+    if said is not None:
+        return int(said[1])
     try:
         with part.open("ab") as stream:
             stream.write(bytes(2**20))
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from cause
+    except OSError as own:
+        return own.errno
+    return None

@@ -26,7 +26,8 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 def refused(part: Path) -> None:
-    """Does what safetensors does on a full disk; it opens no file that is a link."""
+    """Does what safetensors does on a full disk: it clears up what it has written, and says why in words."""
+    part.unlink()
     raise SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)"
     )
