@@ -182,8 +182,8 @@ def stage_1(records: list[Record]) -> str:
         "backbone": "backbone, all depths",
         "reward": "reward, all blocks, float32",
         "gram": "products of features, float32",
-        "solve": "24 × 4 least-squares solutions",
-        "tail": "tails of the best cells on 32 images",
+        "solve": "least-squares solutions",
+        "tail": "tails of the best cells",
     }
     (variant,) = {r["variant"] for r in records if "variant" in r}
     ratio = next(r["ratio"] for r in records if "ratio" in r)

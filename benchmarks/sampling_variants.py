@@ -49,7 +49,7 @@ class Variant:
         checkpointing: "no", "whole" (the denoiser as a whole, the decoder by blocks) or "blocks" (all by blocks).
         proposals: M of "fk".
         decode_batch: The images the VAE decodes at once; all of them by default.
-        graph: Whether stitch and tail of a stitched value are launched as one CUDA graph.
+        graph: Whether stitch and tail of a stitched value are launched as CUDA graphs.
     """
 
     method: str

@@ -100,6 +100,11 @@ def cubic(device: Any = "cpu") -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return net, lambda x: net(x) ** 3
 
 
+def graphed_cubic(device: Any) -> Graphed:
+    net, function = cubic(device)
+    return Graphed(function, lambda: [net])
+
+
 def inputs(device: Any, *sizes: int) -> list[Tensor]:
     random = torch.Generator().manual_seed(1)
     rows = [torch.randn(n, WIDTH, generator=random) for n in sizes]
@@ -110,8 +115,7 @@ def test_later_calls_change_no_earlier_answer(recorder: Recorder) -> None:
     """Calls of one shape and of two, whose gradients are asked for in every order, and twice."""
     _, here = cubic()
     with pretend_cuda() as device:
-        net, function = cubic(device)
-        graphed = Graphed(function, lambda: [net])
+        graphed = graphed_cubic(device)
         xs = inputs(device, 2, 2, 4, 2)
         for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0, 3, 2, 0]):
             ys = [graphed(x) for x in xs]
@@ -143,8 +147,7 @@ def test_kinds_of_calls_have_graphs_of_their_own(
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "KINDS", 3)
     with pretend_cuda() as device:
-        net, function = cubic(device)
-        graphed = Graphed(function, lambda: [net])
+        graphed = graphed_cubic(device)
         (x,) = inputs(device, 2)
         assert graphed(x).requires_grad
         with torch.no_grad():
@@ -154,7 +157,7 @@ def test_kinds_of_calls_have_graphs_of_their_own(
         assert recorder.recorded == [((2, WIDTH), True), ((2, WIDTH), False)]
         for size in (4, 5, 6):  # beyond the limit as it is
             (y,) = inputs(device, size)
-            assert torch.equal(back(graphed(y)), back(function(y)))
+            assert torch.equal(back(graphed(y)), back(graphed.function(y)))
         assert recorder.recorded[2:] == [((4, WIDTH), True)]
 
 
@@ -174,16 +177,16 @@ def test_what_has_moved_is_recorded_anew(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pretend_cuda() as device:
-        net, function = cubic(device)
-        graphed = Graphed(function, lambda: [net])
+        graphed = graphed_cubic(device)
+        (net,) = graphed.networks()
         (x,) = inputs(device, 2)
         graphed(x)
         net.weight.mul_(2)  # in place: a graph reads the weights where they are
-        assert torch.equal(back(graphed(x)), back(function(x)))
+        assert torch.equal(back(graphed(x)), back(graphed.function(x)))
         assert len(recorder.recorded) == 1
         place = net.weight.data_ptr() + 4096
         monkeypatch.setattr(type(net.weight), "data_ptr", lambda self: place)
-        assert torch.equal(back(graphed(x)), back(function(x)))
+        assert torch.equal(back(graphed(x)), back(graphed.function(x)))
         assert len(recorder.recorded) == 2 and len(recorder.latest) == 2  # in other memory
         net.requires_grad_(True)
         (gradient,) = torch.autograd.grad(graphed(x).sum(), net.weight)
@@ -211,8 +214,8 @@ def test_graphs_end_with_their_value_and_are_not_copied(
     on: Callable[[str], Any], recorder: Recorder
 ) -> None:
     with pretend_cuda() as device:
-        net, function = cubic(device)
-        graphed = Graphed(function, lambda: [net])
+        graphed = graphed_cubic(device)
+        (net,) = graphed.networks()
         (x,) = inputs(device, 2)
         graphed(x)
         assert not copy.deepcopy(graphed)._graphs and graphed._graphs

@@ -36,7 +36,7 @@ class StitchedValue(Value):
 
     Arguments:
         value_model: The stitched value model.
-        cuda_graph: Whether stitch and tail are launched as one CUDA graph; no effect on a CPU.
+        cuda_graph: Whether stitch and tail are launched as CUDA graphs; no effect on a CPU.
     """
 
     def __init__(self, value_model: StitchedValueModel, cuda_graph: bool = False) -> None:
@@ -69,7 +69,7 @@ class StitchedValue(Value):
             reward: An already loaded reward to share.
             backbone: An already loaded backbone to share, where the generator lends none.
             dtype: What stitch and tail are cast to: "float32", "bfloat16" or "float16"; as they were saved by default.
-            cuda_graph: Whether stitch and tail are launched as one CUDA graph.
+            cuda_graph: Whether stitch and tail are launched as CUDA graphs.
 
         Raises:
             FileNotFoundError: If there is no value model at `path`.
@@ -173,7 +173,7 @@ class StitchedFactory(ValueFactory):
         dtype: What stitch and tail are cast to, as they were saved by default. On a GPU, float32 products take many
             times as long as "bfloat16" ones, which guidance can do with; values that differ little are told apart
             better in float32.
-        cuda_graph: Whether stitch and tail are launched as one CUDA graph: on a GPU, as much faster as there are few
+        cuda_graph: Whether stitch and tail are launched as CUDA graphs: on a GPU, as much faster as there are few
             samples; the values are the same. No effect on a CPU.
     """
 
