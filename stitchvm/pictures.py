@@ -224,10 +224,12 @@ def trajectory(
             scale.set_ylabel(fill(final_label, LABEL), color=SERIES[1])
             scale.tick_params(axis="y", colors=SERIES[1])
         (_, low, middle, high), *_ = quantiles(finals)
+        # a few far samples carry the mean past a quantile; of equal ones it differs in the last digit
+        below, above = max(middle - low, 0.0), max(high - middle, 0.0)
         scale.errorbar(
             [0.0],
             [middle],
-            yerr=[[middle - low], [high - middle]],
+            yerr=[[below], [above]],
             color=SERIES[1],
             marker="D",
             markersize=5,

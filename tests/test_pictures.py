@@ -163,3 +163,12 @@ def test_a_final_value_of_another_reward_has_an_axis_of_its_own(
     assert len(labels) == 4 and "final value, 10 to 90 %" in labels
     trajectory(lines, tmp_path / "t.png", label="value")
     assert len(saved[1].axes) == 1 and saved[1].axes[0].get_ylim()[1] > 1000
+
+
+@pytest.mark.parametrize("finals", [[0.1] * 3, [0.0] * 19 + [100.0], [100.0] * 19 + [0.0]])
+def test_a_mean_outside_of_its_quantiles_is_drawn(tmp_path: Path, finals: list[float]) -> None:
+    """Equal final values, whose mean rounds, and a few far ones, which carry it past 90 %."""
+    middle = np.mean(finals)
+    assert not np.quantile(finals, 0.1) <= middle <= np.quantile(finals, 0.9)
+    lines = [{"values": [[0.9, 1.0]], "final_value": final} for final in finals]
+    assert trajectory(lines, tmp_path / "t.png").stat().st_size > 5000
