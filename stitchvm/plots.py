@@ -111,7 +111,12 @@ def sweep_curves(records: Iterable[Record], path: str | Path, *, title: str | No
     """
     from matplotlib.figure import Figure
 
-    kept = [r for r in records if "setting" in r and r.get("value") is not None]
+    kept = [
+        # a list or mapping stands on the axis as text
+        {**r, "setting": str(r["setting"])} if isinstance(r["setting"], (list, dict)) else r
+        for r in records
+        if "setting" in r and r.get("value") is not None
+    ]
     if not kept:
         raise ValueError("no record has a setting and a value: nothing to draw.")
     metrics = list(dict.fromkeys(r["metric"] for r in kept))

@@ -148,8 +148,8 @@ def test_sweep_curves_draw_settings_in_order(figure, tmp_path: Path) -> None:
 
 def test_sweep_curves_of_words_and_of_two_methods_with_one_value(figure, tmp_path: Path) -> None:
     records = [
-        *sweep("guided", "stitched", ["[0, 0.5]", "[0.5, 1]"]),
-        *sweep("fk", "stitched", ["[0, 0.5]"]),
+        *sweep("guided", "stitched", [[0, 0.5], [0.5, 1]]),  # as sweep.json has them
+        *sweep("fk", "stitched", [[0, 0.5]]),
     ]
     sweep_curves(records, tmp_path / "sweep.png")
     axis = figure[-1].axes[0]
