@@ -5,7 +5,7 @@
 The evaluator needs mmdet 2 and an old torch, in an environment of its own; its results come back through
 `stitchvm.metrics.geneval_official`. As a command:
 
-    python -m stitchvm.data.geneval_layout runs/plain/samples geneval-images
+    python -m stitchvm.data.geneval_layout runs/plain_sd35m geneval-images
 """
 
 from __future__ import annotations
