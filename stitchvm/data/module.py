@@ -88,7 +88,7 @@ class DataModule(LightningDataModule):
             num_workers=self.num_workers,
             bad=self.bad,
             start=None if trainer is None else partial(stream.start, trainer),
-            on_batch=stream.record,
+            on_batch=partial(stream.record, trainer),
             as_float=trainer is None,  # on_after_batch_transfer does it, on the device
         )
 
@@ -147,7 +147,7 @@ class DataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the stream of training batches and what it depends on."""
-        return self._stream().state_dict() if hasattr(self, "train_data") else {}
+        return self._stream().state_dict(self.trainer) if hasattr(self, "train_data") else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the position of `state_dict`, in batches of the present size."""

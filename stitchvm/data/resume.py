@@ -5,12 +5,16 @@ The stream is epoch after epoch in the order that (seed, epoch) fixes. The Train
 count when its first batch is wanted, and the sampler begins there: no batch is drawn to be thrown away, and a module
 has to do nothing for it. A checkpoint holds, under the data module's class name, what Lightning does not know:
 
-- the position of the last batch handed over. A run that ended in the middle of an epoch by `max_steps` is recorded by
-  Lightning as having finished that epoch; when it is taken up with more steps, the epoch's remaining batches come
-  first, and later epochs of the data are one behind Lightning's (`shift`; a batch's `epoch` is that of the data).
+- the position of the last batch handed over. If the run was interrupted in that batch, it is handed over again, with
+  those accumulated for the same step, unless the step was made. A run that ended in the middle of an epoch by
+  `max_steps` is recorded by Lightning as having finished that epoch; when it is taken up with more steps, the epoch's
+  remaining batches come first, and later epochs of the data are one behind Lightning's (`shift`; a batch's `epoch` is
+  that of the data).
 - the global batch B·W. With another one, Lightning's count of batches is converted, so that the run goes on at the
   same sample, rounded down to a whole global batch.
 - seed and length of the data set: if they differ, the order cannot be continued and a warning says so.
+
+An evaluation that was interrupted begins again. (Lightning would make as many batches as were left, the first ones.)
 """
 
 from __future__ import annotations
@@ -38,10 +42,12 @@ class Stream:
         self.position = (0, 0)
         self.shift = 0
         self._resumed: tuple[int, int] | None = None
+        self._made: tuple[int, int] | None = None
 
-    def record(self, epoch: int, batch: int) -> None:
+    def record(self, trainer: Trainer | None, epoch: int, batch: int) -> None:
         """Notes that batches up to `batch` of `epoch` have been handed over."""
         self.position = epoch, batch
+        self._made = None if trainer is None else made(trainer)
 
     def start(self, trainer: Trainer) -> tuple[int, int]:
         """Returns the (epoch, batch) to begin at; to be called when the Trainer wants an iteration's first batch."""
@@ -55,16 +61,25 @@ class Stream:
             return resumed
         return epoch + self.shift, batch
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, trainer: Trainer | None = None) -> dict[str, Any]:
         """Returns the position and what it depends on, as plain integers."""
+        again = self.again(trainer)
         return {
             "epoch": self.position[0],
-            "batch": self.position[1],
+            "batch": self.position[1] - again,
+            "again": again,
             "shift": self.shift,
             "seed": self.seed,
             "num_samples": self.num_samples,
             "global_batch": self.global_batch,
         }
+
+    def again(self, trainer: Trainer | None) -> int:
+        """Returns how many batches are to be handed over again: of a step that an interrupted run did not make."""
+        if trainer is None or self._made != made(trainer):  # a step or a batch has ended since
+            return 0
+        done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return done % trainer.accumulate_grad_batches + 1
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a position, in batches of the present size; warns if it is one in another order."""
@@ -87,8 +102,27 @@ class Stream:
         return batches * state["global_batch"] // self.global_batch
 
 
+def made(trainer: Trainer) -> tuple[int, int]:
+    """Returns the optimiser steps and the training batches that have been ended."""
+    return trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def settle(progress: dict[str, Any], again: int) -> None:
+    """Lets Lightning's count of batches in a checkpoint end with a whole one, if the run was interrupted in one.
+
+    Arguments:
+        progress: The count.
+        again: How many batches are handed over again; with none the interrupted one has made its step, and counts.
+    """
+    for counts in (progress["total"], progress["current"]):
+        if again or counts["ready"] > counts["processed"]:
+            counts.update(dict.fromkeys(counts, counts["processed"] + 1 - again))
+    if again:
+        progress["is_last_batch"] = False
+
+
 class ConvertProgress(Callback):
-    """Converts Lightning's count of batches in a checkpoint that was written with another global batch.
+    """Converts Lightning's counts of batches in a checkpoint: of an interrupted run, or with another global batch.
 
     Arguments:
         key: The data module's key in the checkpoint.
@@ -103,10 +137,13 @@ class ConvertProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Changes the counts of the current epoch in `checkpoint`, before the loops read them."""
-        state = checkpoint.get(self.key)
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        state, loops = checkpoint.get(self.key), checkpoint.get("loops", {}).get("fit_loop", {})
+        progress = loops.get("epoch_loop.batch_progress")
         if not state or progress is None:
             return
+        settle(progress, state.get("again", 0))
+        evaluation = loops["epoch_loop.val_loop.batch_progress"]["current"]
+        evaluation.update(dict.fromkeys(evaluation, 0))
         current = progress["current"]
         step = self.stream().convert(current["ready"], state) - current["ready"]
         progress["current"] = {key: count + step for key, count in current.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,25 @@ class Recorder(pl.LightningModule):
         self.seen: Seen = []
         self.noise: list[float] = []
         self.validated: list[int] = []
+        self.stop: tuple[str, int] | None = None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.stop == ("after the step", len(self.seen)):
+            raise KeyboardInterrupt
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         assert batch["pixels"].dtype == torch.float32
         torch.testing.assert_close(batch["pixels"][:, 0, 0, 0], batch["index"] / 255)
         self.seen.append((batch["epoch"], *batch["index"].tolist()))
         self.noise.append(float(torch.rand(())))
+        if self.stop == ("before the step", len(self.seen)):
+            raise KeyboardInterrupt
         return self.weight * batch["pixels"].mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.validated += batch["index"].tolist()
+        if self.stop == ("in an evaluation", len(self.validated)):
+            raise KeyboardInterrupt
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.estimate:  # makes the loader before the checkpoint's progress is read
@@ -83,14 +93,13 @@ def fit(
     save: Path | None = None,
     estimate: bool = False,
     data: DataModule | None = None,
+    stop: tuple[str, int] | None = None,
     **kwargs: Any,
 ) -> tuple[Recorder, pl.Trainer]:
-    """Trains; with `save` leaves a checkpoint of every step there."""
-    callbacks = (
-        []
-        if save is None
-        else [ModelCheckpoint(save, "{step}", every_n_train_steps=1, save_top_k=-1)]
-    )
+    """Trains; with `save` leaves a checkpoint of every step there, or with `stop` one of where it was interrupted."""
+    kept = {"every_n_train_steps": 1} if stop is None else {"every_n_train_steps": 100}
+    kept |= {"save_top_k": -1, "save_on_exception": stop is not None}
+    callbacks = [] if save is None else [ModelCheckpoint(save, "{step}", **kept)]
     kwargs = {"max_epochs": 3, "val_check_interval": 2, "devices": 1, **kwargs}
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -102,7 +111,9 @@ def fit(
         **kwargs,
     )
     module = Recorder(estimate)
-    trainer.fit(module, datamodule=data or NumbersData(), ckpt_path=ckpt, weights_only=True)
+    module.stop = stop
+    with nullcontext() if stop is None else pytest.raises(SystemExit):
+        trainer.fit(module, datamodule=data or NumbersData(), ckpt_path=ckpt, weights_only=True)
     return module, trainer
 
 
@@ -171,6 +182,46 @@ def test_resume_with_another_global_batch(whole: tuple[Seen, Path]) -> None:
     assert [i for _, *batch in module.seen for i in batch][:20] == samples[20:40] and len(
         module.seen
     ) == 11
+
+
+@pytest.mark.parametrize("batches", [3, 5, 6, 8, 10, 11])
+@pytest.mark.parametrize("when", ["before the step", "after the step"])
+def test_an_interrupted_batch_is_made_again_unless_it_has_made_its_step(
+    whole: tuple[Seen, Path], tmp_path: Path, when: str, batches: int
+) -> None:
+    """In the middle of an epoch, at its first and at its last batch; evaluations stay where they were."""
+    seen, _ = whole
+    module, trainer = fit(save=tmp_path, stop=(when, batches))
+    steps = trainer.global_step
+    assert steps == batches - (when == "before the step") and module.seen == seen[:batches]
+    (file,) = tmp_path.iterdir()
+    again, trainer = fit(file)
+    assert again.seen == seen[steps:] and trainer.global_step == 15
+    # 2 evaluations of 7 in each epoch of 5
+    assert len(module.validated) - 7 + len(again.validated) == 6 * 7  # 7 before training
+
+
+def test_batches_accumulated_for_an_interrupted_step_are_made_again(
+    whole: tuple[Seen, Path], tmp_path: Path
+) -> None:
+    """Of a step of two batches the second is interrupted; the gradient of the first is in no checkpoint."""
+    seen, _ = whole
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 1.0}
+    module, trainer = fit(save=tmp_path, stop=("before the step", 4), **options)
+    assert trainer.global_step == 1 and module.seen == seen[:4]
+    (file,) = tmp_path.iterdir()
+    again, trainer = fit(file, **options)
+    assert again.seen == seen[2:] and trainer.global_step == 9
+
+
+def test_an_interrupted_evaluation_begins_again(tmp_path: Path) -> None:
+    data = {"data": NumbersData(batch_size=2), "max_epochs": 1, "val_check_interval": 3}
+    stop = ("in an evaluation", 4 + 4)  # 2 batches before training, then the second of 4
+    module, trainer = fit(save=tmp_path, stop=stop, **data)
+    assert trainer.global_step == 3 and module.validated == [0, 1, 2, 3] * 2
+    (file,) = tmp_path.iterdir()
+    again, trainer = fit(file, **data | {"data": NumbersData(batch_size=2)})
+    assert again.validated == list(range(7)) * 3 and trainer.global_step == 11
 
 
 def test_another_data_set_is_told(whole: tuple[Seen, Path]) -> None:
