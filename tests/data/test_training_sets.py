@@ -145,6 +145,17 @@ def test_several_folders_each_in_its_layout(tmp_path: Path) -> None:
         ConcatImages([], **SMALL).setup("fit")
 
 
+def test_probe_images_are_of_all_folders(tmp_path: Path) -> None:
+    """Stage 1 fits the first of them and measures on the next: both must be of one kind."""
+    for kind in "ab":
+        write_images(tmp_path / kind, [f"{kind}{i:03d}.png" for i in range(150)], size=(2, 2))
+    data = ConcatImages([str(tmp_path / "a"), str(tmp_path / "b")], val_size=60, **SMALL)
+    first = [name[0] for name in names(data, "val")]
+    assert len(first) == 60
+    for part in (first[:30], first[30:]):
+        assert 8 <= part.count("a") <= 22
+
+
 def test_bad_arguments_are_refused_at_setup(tmp_path: Path) -> None:
     write_folder(tmp_path / "full", 10)
     (tmp_path / "empty").mkdir()
