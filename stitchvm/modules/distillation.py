@@ -218,6 +218,8 @@ class StitchDistillation(LeanCheckpoint):
         if self.latent_cache is not None:
             datamodule = cast(DataModule, self._datamodule)
             datamodule.cache_latents(self.vae, self.latent_cache, self.device)
+            # a loader that was made to count the steps of `decay` knows of no latents
+            self.trainer.fit_loop._combined_loader = None
 
     def configure_model(self) -> None:
         """Builds the networks once; the backbone is loaded up to block i only."""

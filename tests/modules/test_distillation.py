@@ -11,6 +11,7 @@ import yaml
 from stitchvm.cli import main
 from stitchvm.modules.distillation import StitchDistillation
 from stitchvm.modules.stage_one import read_stitch_point
+from stitchvm.vae import VAE
 from stitchvm.value_model import StitchedValueModel
 from tests.modules import runs
 
@@ -209,6 +210,29 @@ def test_checkpoint_of_another_reward_is_refused_and_its_value_model_stays(confi
     main(["fit", "--config", str(path), *words])
     assert (root / "value_model/model.safetensors").read_bytes() != before
     assert "max_steps: 3" in (root / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("decay", ["none", "linear"])  # which counts the steps first
+def test_cached_latents_are_what_it_trains_on(config, monkeypatch, tmp_path, decay):
+    encode, losses = VAE.encode, StitchDistillation.losses
+    encoded, cached = [], []
+
+    def counted(self, pixels, *args):
+        encoded.append(len(pixels))
+        return encode(self, pixels, *args)
+
+    def noted(self, batch, t, epoch):
+        if epoch >= 0:  # no validation
+            cached.append("latents" in batch)
+        return losses(self, batch, t, epoch)
+
+    monkeypatch.setattr(VAE, "encode", counted)
+    monkeypatch.setattr(StitchDistillation, "losses", noted)
+    trainer = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 0}
+    path, _ = config(decay=decay, latent_cache=str(tmp_path / "latents"), trainer=trainer)
+    main(["fit", "--config", str(path)])
+    assert cached == [True] * 4
+    assert sum(encoded) == 4 + 32  # of stage 1, and every training image once
 
 
 def test_no_steps_are_no_error(config):
