@@ -70,9 +70,10 @@ class Preprocess(nn.Module):
         x = self.resize(pixels)
         if x.device not in self._moments:
             shape = (3, 1, 1)
-            mean, std = (
-                torch.tensor(m, device=x.device).view(shape) for m in (self.mean, self.std)
-            )
+            with torch.inference_mode(False):  # they are kept, for gradients too
+                mean, std = (
+                    torch.tensor(m, device=x.device).view(shape) for m in (self.mean, self.std)
+                )
             self._moments[x.device] = mean, std
         mean, std = self._moments[x.device]
         return (x - mean) / std

@@ -90,6 +90,15 @@ def test_statistics_survive_a_cast_of_the_tower():
     assert exact(x.bfloat16()).dtype == torch.float32
 
 
+def test_a_first_call_in_inference_mode_does_not_bar_gradients():
+    ours = Preprocess((8, 8), "squash", MEAN, STD)
+    x = torch.rand(1, 3, 8, 8, requires_grad=True)
+    with torch.inference_mode():
+        ours(x)
+    (gradient,) = torch.autograd.grad(ours(x).sum(), x)
+    torch.testing.assert_close(gradient, (1 / torch.tensor(STD)).view(3, 1, 1).expand(x.shape))
+
+
 @pytest.mark.parametrize(
     "pixels", [torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1, 4, 8, 8), torch.zeros(3, 8, 8)]
 )
