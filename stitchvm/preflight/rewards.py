@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from stitchvm.hub import cache_folder
 from stitchvm.preflight.findings import Finding
 from stitchvm.preflight.pipelines import TOKENIZERS, read_json
 from stitchvm.preflight.places import Place, find, hub_state
@@ -286,7 +285,7 @@ def _head(part: str, model: str, head: str | None) -> Iterator[Finding]:
             yield from _one_of(part, place, files)[1]
         return
     name = unquote(head.rsplit("/", 1)[-1])
-    path = cache_folder() / name
+    path = aesthetic.downloaded_head(head)
     if not path.is_file():
         finding = hub_state(part, name)
         remedy = f"the run will fetch it; or give `head`, a local copy of {head}"

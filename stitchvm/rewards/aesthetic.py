@@ -103,8 +103,8 @@ def _head_file(model: str, head: str | None) -> Path:
     """Returns the local path of the MLP's file."""
     if head is None:
         if ":" in model:
-            folder = resolve(model.removeprefix("local-dir:").removeprefix("hf-hub:"))
-            path = folder / "aesthetic.pth"
+            name = model.removeprefix("local-dir:").removeprefix("hf-hub:")
+            path = resolve(name, allow_patterns=["aesthetic.pth"]) / "aesthetic.pth"
             if not path.is_file():
                 raise FileNotFoundError(
                     f"'{model}' has no aesthetic.pth; give `head`, the file of the MLP"
@@ -113,8 +113,7 @@ def _head_file(model: str, head: str | None) -> Path:
         head = HEAD
     if not head.startswith(("https://", "http://")):
         return resolve_file(head)
-    name = unquote(head.rsplit("/", 1)[-1])
-    path = cache_folder() / name
+    name, path = unquote(head.rsplit("/", 1)[-1]), downloaded_head(head)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -130,6 +129,13 @@ def _head_file(model: str, head: str | None) -> Path:
             f"{path} is not the published {name} (SHA-256 differs); delete it and try again"
         )
     return path
+
+
+def downloaded_head(url: str) -> Path:
+    """Returns where a head is kept: under its name if its content is known, else apart from others of that name."""
+    name = unquote(url.rsplit("/", 1)[-1])
+    mark = "" if name in SHA256 else f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-"
+    return cache_folder() / f"{mark}{name}"
 
 
 def _build_head(path: Path, embed_dim: int) -> tuple[nn.Sequential, bool]:
