@@ -20,11 +20,13 @@ def spec_of(component: object) -> dict[str, Any]:
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
 
 
-def build(spec: dict[str, Any], **overrides: Any) -> Any:
+def build(spec: dict[str, Any], expected: type = object, **overrides: Any) -> Any:
     """Builds what a spec describes; `overrides` replace arguments.
 
+    A spec may come from a stranger's `config.json`, which must not choose what is called.
+
     Raises:
-        ValueError: If the class path does not name an importable class.
+        ValueError: If the class path does not name an importable class, or one that is no subclass of `expected`.
     """
     module, _, name = spec["class_path"].rpartition(".")
     try:
@@ -34,6 +36,11 @@ def build(spec: dict[str, Any], **overrides: Any) -> Any:
             f"class_path {spec['class_path']!r} cannot be imported ({error}); expected the full path "
             "of a class, such as stitchvm.backbones.sd3.SD3Backbone"
         ) from error
+    if not (isinstance(cls, type) and issubclass(cls, expected)):
+        raise ValueError(
+            f"class_path {spec['class_path']!r} is no {expected.__name__}, and is not called: was the file tampered "
+            "with?"
+        )
     return cls(**{**spec["init_args"], **overrides})
 
 

@@ -121,17 +121,18 @@ class StitchedValueModel(nn.Module):
             state: The full state of stitch and tail, if the module's own is sharded.
             config: What `config()` returned before the module was sharded.
             card: The text of the model card; a plain one if None.
-            overwrite: Whether an existing value model may be replaced.
+            overwrite: Whether files of these names may be replaced.
 
         Raises:
-            FileExistsError: If `folder` holds a value model and `overwrite` is False.
+            FileExistsError: If `folder` holds a file of one of these names and `overwrite` is False.
         """
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        if (folder / WEIGHTS).exists() and not overwrite:
+        there = [name for name in (CONFIG, WEIGHTS, CARD) if (folder / name).exists()]
+        if there and not overwrite:
             raise FileExistsError(
-                f"{folder} already holds a value model; choose another folder or pass overwrite=True"
+                f"{folder} already holds {' and '.join(there)}; choose another folder or pass overwrite=True"
             )
         folder.mkdir(parents=True, exist_ok=True)
         state = self.trainable() if state is None else state
@@ -139,8 +140,11 @@ class StitchedValueModel(nn.Module):
         with written(folder / WEIGHTS) as part:
             save_file(state, part, metadata={"format": "pt"})
         config = self.config() if config is None else config
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (folder / CARD).write_text(card if card is not None else model_card(config))
+        texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
+        texts[CARD] = model_card(config) if card is None else card
+        for name, text in texts.items():
+            with written(folder / name) as part:
+                part.write_text(text)
         return folder
 
     @classmethod
@@ -150,7 +154,7 @@ class StitchedValueModel(nn.Module):
         *,
         backbone: Backbone | None = None,
         reward: Reward | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> StitchedValueModel:
         """Loads a value model from a folder or a hub id; backbone and reward come from their own ids.
 
@@ -158,7 +162,7 @@ class StitchedValueModel(nn.Module):
             path_or_id: What `save_pretrained` wrote: a folder, `world:NAME` or a hub id.
             backbone: An already loaded backbone to share, instead of the one named in the config.
             reward: An already loaded reward to share, instead of the one named in the config.
-            device: Where to put the model.
+            device: Where to put the model and what it shares; by default where that is, or else the CPU.
 
         Raises:
             FileNotFoundError: If there is no value model at `path_or_id`.
@@ -167,14 +171,20 @@ class StitchedValueModel(nn.Module):
         from safetensors.torch import load_file
 
         folder, config = _open(path_or_id)
+        if device is None:
+            shared = [part for part in (backbone, reward) if part is not None]
+            places = (p.device for part in shared for p in part.parameters())
+            device = next(places, torch.device("cpu"))
         if backbone is None:
-            backbone = build(_without_fingerprint(config["backbone"]))
+            backbone = build(_without_fingerprint(config["backbone"]), Backbone)
         if reward is None:
-            reward = build(_without_fingerprint(config["reward"]))
+            reward = build(_without_fingerprint(config["reward"]), Reward)
         assert backbone is not None and reward is not None
         model = cls(backbone, reward, tuple(config["stitch_point"]))
         _check_identity("backbone", config["backbone"], backbone, used_weights(backbone, model.i))
         _check_identity("reward", config["reward"], reward, fingerprint(reward))
+        # what a borrowed transformer does not know of itself, such as the length of the null text: to be saved again
+        backbone.init_args = config["backbone"]["init_args"] | backbone.init_args
         model.load_trainable(unpack(load_file(folder / WEIGHTS)), source=str(folder / WEIGHTS))
         return model.to(device).eval()
 

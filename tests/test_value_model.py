@@ -9,8 +9,11 @@ import torch
 
 from stitchvm.backbones.latent import LatentBackbone
 from stitchvm.backbones.sd3 import SD3Backbone
+from stitchvm.generator import Generator
 from stitchvm.rewards.clip import CLIPReward
 from stitchvm.value_model import StitchedValueModel
+from stitchvm.values.stitched import StitchedValue
+from tests.pretend_cuda import pretend_cuda
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +74,54 @@ def test_shares_given_parts(model, parts, tmp_path):
     assert loaded.reward is parts[1]
 
 
+def test_what_it_shares_stays_where_it_is(model, tiny_clip, tmp_path):
+    folder = model.save_pretrained(tmp_path / "value")
+    reward = CLIPReward(model=f"local-dir:{tiny_clip}")
+    with pretend_cuda():
+        loaded = StitchedValueModel.from_pretrained(folder, reward=reward.to("cuda"))
+        everything = [*loaded.parameters(), *reward.parameters()]
+        assert {p.device.type for p in everything} == {"cuda"}
+        loaded = StitchedValueModel.from_pretrained(folder, reward=reward, device="cpu")
+        assert {p.device.type for p in reward.parameters()} == {"cpu"}
+
+
+def test_on_a_borrowed_transformer_it_is_saved_as_it_was(model, tiny_sd3, tmp_path):
+    folder = model.save_pretrained(tmp_path / "value")
+    generator = Generator(str(tiny_sd3), text_tokens=256)
+    borrowing = StitchedValue.from_pretrained(folder, generator).value_model
+    assert borrowing.backbone.borrowed
+    again = borrowing.save_pretrained(tmp_path / "again")
+    assert (again / "config.json").read_text() == (folder / "config.json").read_text()
+
+
 def test_nothing_is_written_over(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md"])
+def test_nor_are_files_of_somebody_else(model, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"already holds {name}; choose another folder"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_config_that_names_no_backbone_is_not_called(model, tmp_path):
+    folder = model.save_pretrained(tmp_path / "value")
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("backbone", "reward"):
+        spec = {
+            "class_path": "subprocess.getoutput",
+            "init_args": {"cmd": f"touch {tmp_path / kind}"},
+        }
+        changed = config | {kind: spec | {"fingerprint": ""}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"'subprocess\.getoutput' is no {kind.title()}"):
+            StitchedValueModel.from_pretrained(folder)
+        assert not (tmp_path / kind).exists()
 
 
 def test_another_backbone_or_reward_is_refused(model, tmp_path, tiny_sd3, tiny_clip):
