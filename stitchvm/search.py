@@ -376,6 +376,8 @@ def _checked_depths(backbone: Backbone, depths: Sequence[int] | None) -> list[in
 
 def _checked_js(reward: Reward, js: Sequence[int]) -> list[int]:
     bad = [j for j in js if not 1 <= j <= reward.num_blocks]
+    if not reward.num_blocks:
+        reward.tail(1)  # of a sum, which says that it cannot be cut
     if bad or not js:
         raise ValueError(f"js {bad or list(js)}: {reward.id} has blocks 1..{reward.num_blocks}")
     return sorted(set(js))

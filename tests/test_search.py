@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from stitchvm.rewards.base import Embedding
+from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.search import NormalEquations, SearchResult, search
+from tests.values.fakes import FakeReward
 
 
 def lstsq(x, y):
@@ -152,6 +154,12 @@ def test_batch_size_does_not_change_the_result():
     ]
     for one, two in zip(*(r.records for r in results), strict=True):
         assert one == pytest.approx(two, rel=1e-6)
+
+
+def test_a_sum_of_rewards_says_that_it_cannot_be_cut():
+    reward = WeightedReward({"a": FakeReward(), "b": FakeReward()})
+    with pytest.raises(ValueError, match=r"is a sum of rewards and cannot be cut and stitched"):
+        search([], lambda x: x, PlantedBackbone(), reward)
 
 
 def test_too_few_images_and_wrong_cells_are_errors():
