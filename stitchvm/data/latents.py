@@ -84,7 +84,8 @@ def build_latent_cache(
         shard_size: Latents per file.
         device: Where to encode.
         bad: Counts unreadable images.
-        rank: With several devices each makes every `world_size`-th shard; wait for all before reading.
+        rank: With several devices each makes every `world_size`-th shard, the first the manifest; wait for all before
+            reading.
         world_size: The number of devices.
 
     Returns:
@@ -98,7 +99,7 @@ def build_latent_cache(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         check_manifest(folder, manifest)
-    else:
+    elif rank == 0:  # processes of two nodes may have one number, and would write to one file
         with written(folder / MANIFEST, sync=True) as part:
             part.write_text(json.dumps(manifest, indent=2))
     todo = [
