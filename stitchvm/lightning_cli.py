@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from stitchvm.modules.run_folder import check_folder, claimed
 # Lightning 2.6 calls parser methods that jsonargparse renames in 5.0; users can do nothing about it
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
-__all__ = ["StitchCLI", "StitchTrainer", "run"]
+__all__ = ["StitchCLI", "StitchTrainer", "parse", "run"]
 
 # what a module must define for a command, and a configuration that does
 HOOKS = {
@@ -174,11 +175,7 @@ class StitchCLI(LightningCLI):
 
     def _check_command(self) -> None:
         """Raises ValueError if the module does not define what the command runs."""
-        takes = [
-            name
-            for name, (hooks, _) in HOOKS.items()
-            if any(is_overridden(hook, self.model, LightningModule) for hook in hooks)
-        ]
+        takes = commands_of(self.model)
         if self.subcommand in HOOKS and self.subcommand not in takes:
             raise ValueError(
                 f"`stitchvm {self.subcommand}` cannot run {type(self.model).__name__}, which is for "
@@ -230,6 +227,48 @@ class StitchCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             trainer.strategy.checkpoint_io = LeanCheckpointIO()
         return trainer
+
+
+class ParsedCLI(StitchCLI):
+    """The command line as far as it is parsed: nothing is looked for, built or run."""
+
+    def _set_seed(self) -> None: ...
+
+    def before_instantiate_classes(self) -> None:
+        """Does nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Does nothing."""
+
+    def after_instantiate_classes(self) -> None:
+        """Does nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def commands_of(module: LightningModule | type) -> list[str]:
+    """Returns the commands whose hooks a module, or a class of one, defines."""
+    return [
+        name
+        for name, (hooks, _) in HOOKS.items()
+        if any(is_overridden(hook, module, LightningModule) for hook in hooks)
+    ]
+
+
+def parse(argv: list[str], class_path: str | None = None) -> None:
+    """Parses what follows a command as a run does, and exits as it does where something is no option of it.
+
+    Arguments:
+        argv: The command line after the command.
+        class_path: The module's class, which tells which command it is for; `fit` if it cannot be told.
+    """
+    quiet()
+    place, _, name = (class_path or "").rpartition(".")
+    try:
+        command = commands_of(getattr(import_module(place), name))[0]
+    except (AttributeError, ImportError, IndexError, ValueError):  # the parser has words for it
+        command = "fit"
+    ParsedCLI(args=[command, *argv], command=command)
 
 
 def _check_checkpoint(path: str | None) -> None:

@@ -11,7 +11,8 @@ not asked. One row for each thing that was looked at:
     missing    a file or folder is not there
     wrong      it is there and cannot be used: truncated, of another architecture, in another latent space
 
-The exit code is 1 if anything is gated, missing or wrong.
+The exit code is 1 if anything is gated, missing or wrong. An option or value that no run takes is refused in a run's
+own words, with exit code 2.
 """
 
 from stitchvm.preflight.command import main

@@ -15,6 +15,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str]) -> None:
     """Checks what a configuration names, prints a table, and exits with 1 if something is not right.
 
+    What a run would not even parse, such as an option that does not exist, ends in the run's message and exit code 2.
+
     Arguments:
         argv: The command line after `stitchvm check`.
     """
@@ -25,11 +27,15 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--config", type=Path, action="append", required=True, metavar="FILE")
     args, rest = parser.parse_known_args(list(argv))
+    from stitchvm.lightning_cli import parse
     from stitchvm.preflight.compose import compose
     from stitchvm.preflight.walk import check
 
     try:
-        findings = check(compose(args.config, _pairs(rest)))
+        config = compose(args.config, _pairs(rest))
+        model = config.get("model")
+        parse(list(argv), model.get("class_path") if isinstance(model, dict) else model)
+        findings = check(config)
     except ValueError as error:
         print(f"stitchvm: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

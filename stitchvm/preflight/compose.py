@@ -79,6 +79,8 @@ def _set(config: dict[str, Any], parts: list[str], value: Any, key: str) -> None
         if "class_path" in config and name not in ("class_path", "init_args"):
             config = config.setdefault("init_args", {})
         step = config.setdefault(name, {})
+        if isinstance(step, str) and "." in step:  # a class, named by its path alone
+            step = config[name] = {"class_path": step}
         if not isinstance(step, dict):
             raise ValueError(f"--{key}: {name} is {step!r}, which has no keys below it")
         config = step

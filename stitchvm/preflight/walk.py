@@ -120,10 +120,12 @@ def _one_space(run: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _checkpoint(path: Any) -> Iterator[Finding]:
-    """Yields what is found of a Lightning checkpoint; "last" and the like are found by Lightning."""
+    """Yields what is found of a Lightning checkpoint; "last" and the like, and what is elsewhere, Lightning finds."""
     if not isinstance(path, str) or path in ("last", "best", "hpc", "registry"):
         return
-    file = Path(path).expanduser()
+    if "://" in path or path.startswith("registry:"):
+        return
+    file = Path(path)
     if not file.exists():
         yield Finding("ckpt_path", path, "missing", "no such checkpoint", "correct --ckpt_path")
         return

@@ -48,14 +48,18 @@ def test_exit_code_and_remedy(hub, capsys):
     assert code == 0
 
 
-def test_checkpoints(hub, tmp_path, capsys):
+def test_checkpoints(hub, tmp_path, capsys, monkeypatch):
     import torch
 
     path, file = CONFIGS / "plain_sd35m.yaml", tmp_path / "last.ckpt"
     code, said = command(capsys, "--config", path, "--ckpt_path", file)
     assert code == 1 and "no such checkpoint" in said.out
+    for elsewhere in ("last", "s3://bucket/last.ckpt", "registry:mine"):
+        assert command(capsys, "--config", path, "--ckpt_path", elsewhere)[0] == 0
     torch.save({"a": torch.zeros(1000)}, file)
     assert command(capsys, "--config", path, "--ckpt_path", file)[0] == 0
+    monkeypatch.setenv("HOME", str(tmp_path))  # a run does not resolve a ~
+    assert command(capsys, "--config", path, "--ckpt_path", "~/last.ckpt")[0] == 1
     file.write_bytes(file.read_bytes()[:2000])
     code, said = command(capsys, "--config", path, "--ckpt_path", file)
     assert code == 1 and "truncated" in said.out
@@ -69,6 +73,46 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
     assert code == 1 and "no mapping" in said.err
     code, said = command(capsys, "--config", CONFIGS / "plain_sd35m.yaml", "--data.path")
     assert code == 1 and "has no value" in said.err
+
+
+@pytest.mark.parametrize(
+    ("run", "config", "flag"),
+    [
+        ("predict", "plain_sd35m", "--model.samplr=x"),
+        ("predict", "plain_sd35m", "--modle.method=x"),
+        ("fit", "nft_sd35m", "--data.prompts_per_updat=4"),
+        ("fit", "distill_flux_aesthetic", "--model.lr=much"),
+        ("test", "eval_samples", "--trainer.max_stops=1"),
+        ("fit", "nft_sd35m", "--model.class_path=stitchvm.modules.nft.Nothing"),
+    ],
+)
+def test_what_a_run_refuses_is_refused_in_its_words(hub, capsys, run, config, flag):
+    path = str(CONFIGS / f"{config}.yaml")
+    code, said = command(capsys, "--config", path, flag)
+    with pytest.raises(SystemExit) as exit_:
+        main([run, "--config", path, flag])
+    assert code == exit_.value.code == 2
+    assert said.err == capsys.readouterr().err and "stitchvm: error: " in said.err
+    assert not said.out
+
+
+def test_a_misspelt_key_in_the_file_is_refused(hub, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: {init_args: {samplr: null}}")
+    code, said = command(
+        capsys, "--config", CONFIGS / "plain_sd35m.yaml", "--config", tmp_path / "mine.yaml"
+    )
+    assert code == 2 and "Option 'samplr' is not accepted; did you mean 'sampler'?" in said.err
+
+
+def test_a_class_may_be_named_by_its_path_alone(hub, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("a cat\na dog\n")
+    words = ["--data", "stitchvm.data.prompts.Prompts", "--data.path", tmp_path / "mine.txt"]
+    code, said = command(capsys, "--config", CONFIGS / "plain_world.yaml", *words)
+    assert code == 0 and "mine.txt (2 prompts)" in said.out
+    with pytest.raises(ValueError, match="batch_size is 3, which has no keys below it"):
+        compose(
+            [CONFIGS / "plain_world.yaml"], [("data.batch_size", "3"), ("data.batch_size.a", "1")]
+        )
 
 
 @pytest.mark.parametrize("name", ["dps_stitched_sd35m", "distill_flux_aesthetic", "nft_sd35m"])
