@@ -53,7 +53,7 @@ def check_layout(part: str, root: str, layout: str, without: Sequence[str] = ())
         layout: Its layout.
         without: Lists that are not needed.
     """
-    folder = Path(root).expanduser()
+    folder = Path(root)
     lists, folders, file = LAYOUTS[layout]
     remedy = f"{TELLS}{file}"
     if not folder.is_dir():
@@ -70,11 +70,17 @@ def check_layout(part: str, root: str, layout: str, without: Sequence[str] = ())
 
 def check_images(part: str, root: str, exclude_test: bool = True) -> Finding:
     """Returns what is found of a folder of images, read by its own layout as `ConcatImages` does."""
-    folder = Path(root).expanduser()
+    folder = Path(root)
     if (folder / "AVA.txt").is_file() or folder.name.lower() == "ava":
         return check_layout(part, root, "ava", () if exclude_test else ("AVA_test.csv",))
     if (folder / "train.json").is_file() or folder.name.lower() == "hpdv2":
         return check_layout(part, root, "hpdv2_train")
+    return check_folder(part, root)
+
+
+def check_folder(part: str, root: str) -> Finding:
+    """Returns what is found of a folder of images, whatever else is in it."""
+    folder = Path(root)
     if not folder.is_dir():
         return Finding(part, root, "missing", "no such folder", "give the folder of your images")
     if not _has_image(folder):
@@ -88,7 +94,7 @@ def check_prompts(part: str, path: str, key: str = "prompt") -> Finding:
     """Returns what is found of a file of prompts; it is read."""
     from stitchvm.data.prompt_files import read_entries
 
-    if not Path(path).expanduser().is_file():
+    if not Path(path).is_file():
         remedy = "a .txt with one prompt a line, .jsonl or .json"
         return Finding(part, path, "missing", "no such file", remedy)
     try:
@@ -99,9 +105,12 @@ def check_prompts(part: str, path: str, key: str = "prompt") -> Finding:
 
 
 def _has_image(folder: Path) -> bool:
-    """Whether there is an image below a folder; the first one ends the search."""
-    walk = os.walk(folder)
-    return any(any(name.lower().endswith(SUFFIXES) for name in files) for *_, files in walk)
+    """Whether there is an image below a folder, as `list_images` looks for them; the first one ends the search."""
+    for _, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(f.lower().endswith(SUFFIXES) and not f.startswith(".") for f in files):
+            return True
+    return False
 
 
 def _concat(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
@@ -110,7 +119,16 @@ def _concat(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _folder(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
-    yield check_images(f"{part}.root", arguments["root"], arguments.get("exclude_test", True))
+    yield check_folder(f"{part}.root", arguments["root"])
+
+
+def _ava(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
+    without = () if arguments.get("exclude_test", True) else ("AVA_test.csv",)
+    yield check_layout(f"{part}.root", arguments["root"], "ava", without)
+
+
+def _hpdv2(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
+    yield check_layout(f"{part}.root", arguments["root"], "hpdv2_train")
 
 
 def _benchmark(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
@@ -133,21 +151,26 @@ def _prompts(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _samples(part: str, arguments: dict[str, Any]) -> Iterator[Finding]:
-    root = Path(arguments["root"]).expanduser()
-    there = [root / "samples.jsonl", root / "samples" / "samples.jsonl"]
-    if any(file.is_file() for file in there):
-        yield Finding(f"{part}.root", str(arguments["root"]), "ok")
-    else:
-        detail = "no samples.jsonl there"
-        remedy = f"`stitchvm predict --config configs/{root.name}.yaml` makes samples"
-        yield Finding(f"{part}.root", str(arguments["root"]), "missing", detail, remedy)
+    from stitchvm.data.sample_files import read_folder
+
+    root = str(arguments["root"])
+    if not Path(root).is_dir():
+        remedy = f"`stitchvm predict --config configs/{Path(root).name}.yaml` makes samples"
+        yield Finding(f"{part}.root", root, "missing", "no such folder", remedy)
+        return
+    try:
+        found = read_folder(root, arguments.get("prompts"), arguments.get("key", "prompt"))
+    except ValueError as error:
+        yield Finding(f"{part}.root", root, "wrong", str(error), "see the message")
+        return
+    yield Finding(f"{part}.root", f"{root} ({len(found)} samples)", "ok")
 
 
 CHECKS: dict[str, Callable[[str, dict[str, Any]], Iterator[Finding]]] = {
-    "AVA": _folder,
+    "AVA": _ava,
     "Aesthetic": _benchmark,
     "ConcatImages": _concat,
-    "HPDv2": _folder,
+    "HPDv2": _hpdv2,
     "ImageFolder": _folder,
     "Preference": _benchmark,
     "Prompts": _prompts,

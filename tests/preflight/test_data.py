@@ -7,10 +7,12 @@ import shutil
 import pytest
 
 from stitchvm.data import preference, retrieval
-from stitchvm.data.ava import ava_test_data, ava_training_files
-from stitchvm.data.hpdv2 import hpdv2_test_data, hpdv2_training_files
+from stitchvm.data.ava import AVA, ava_test_data, ava_training_files
+from stitchvm.data.hpdv2 import HPDv2, hpdv2_test_data, hpdv2_training_files
+from stitchvm.data.images import ConcatImages, ImageFolder
 from stitchvm.data.preference import imagereward_test_data
-from stitchvm.preflight.data import LAYOUTS, check_images, check_layout, check_prompts
+from stitchvm.data.sample_files import read_folder
+from stitchvm.preflight.data import CHECKS, LAYOUTS, check_images, check_layout, check_prompts
 from tests.data import files
 
 READERS = {
@@ -86,6 +88,58 @@ def test_folders_of_images(root, tmp_path):
     assert check_images("data", str(plain)).detail == "no images below it"
     files.write_folder(plain)
     assert check_images("data", str(plain)).state == "ok"
+
+
+def state_of(kind, **arguments):
+    (finding,) = CHECKS[kind]("data", {k: str(v) for k, v in arguments.items()})
+    return finding.state
+
+
+@pytest.mark.parametrize("kind", [AVA, HPDv2, ImageFolder])
+@pytest.mark.parametrize("name", ["AVA", "HPDv2", "plain"])
+def test_a_folder_is_looked_at_as_the_class_reads_it(root, kind, name):
+    """Whatever it is called, and whatever else lies in it."""
+    files.write_folder(root / "plain")
+    at = root / name
+    for called in (name, "mine"):
+        at = at.rename(root / called)
+        try:
+            kind(str(at), val_size=1).fit_data()
+            expected = "ok"
+        except ValueError:
+            expected = "missing"
+        assert state_of(kind.__name__, root=at) == expected, called
+
+
+def test_images_are_found_where_a_run_finds_them(root, tmp_path):
+    """Behind links, not among hidden files, and not behind a ~ that nobody resolves."""
+    linked, hidden = tmp_path / "linked", tmp_path / "hidden"
+    for folder in (linked, hidden / ".cache"):
+        folder.mkdir(parents=True)
+    files.write_folder(tmp_path / "plain")
+    (linked / "more").symlink_to(tmp_path / "plain", target_is_directory=True)
+    next(p for p in (tmp_path / "plain").rglob("*") if p.is_file()).rename(hidden / "._0.jpg")
+    ConcatImages([str(linked)], val_size=1).fit_data()
+    assert check_images("data", str(linked)).state == "ok"
+    for folder in (str(hidden), "~"):
+        with pytest.raises(ValueError):
+            ConcatImages([folder]).fit_data()
+        assert check_images("data", folder).state == "missing"
+
+
+def test_samples_in_every_layout_that_a_run_reads(root, tmp_path):
+    at = tmp_path / "samples"
+    assert state_of("SampleFolder", root=at) == "missing"
+    files.write_folder(at)
+    number = len(read_folder(at))
+    assert state_of("SampleFolder", root=at) == "ok"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n" * number)
+    assert state_of("SampleFolder", root=at, prompts=prompts) == "ok"
+    prompts.write_text("a cat\n" * (number + 1))
+    assert state_of("SampleFolder", root=at, prompts=prompts) == "wrong"
+    (at / "samples.jsonl").write_text('{"index": 0}\n\n')
+    assert state_of("SampleFolder", root=at) == "wrong"
 
 
 def test_prompts(tmp_path):
