@@ -52,8 +52,8 @@ class ValueEvaluation(LightningModule):
         overwrite: Whether results in the run's folder may be replaced.
         task: "retrieval", "preference" or "aesthetic"; by default the data module's.
         seed: Seeds noise and roll-outs.
-        truth_images: The number of images that Monte Carlo truth is computed for, evenly spread; 0 for
-            none.
+        truth_images: The number of images that Monte Carlo truth is computed for, evenly spread (all if there are
+            fewer); 0 for none.
         truth_rollouts: The roll-outs per image and noise level of the truth, an even number.
         truth_steps: The steps of each.
         truth_batch_size: The roll-outs that are sampled and decoded at a time; lower it when memory runs out.
@@ -90,7 +90,8 @@ class ValueEvaluation(LightningModule):
         write_cards: bool = True,
     ) -> None:
         super().__init__()
-        self.sigmas = tuple(SIGMAS if sigmas is None else sigmas)
+        # floats, since their text keys the noise
+        self.sigmas = tuple(map(float, SIGMAS if sigmas is None else sigmas))
         if not all(0 < sigma <= 1 for sigma in self.sigmas) or len(set(self.sigmas)) < len(
             self.sigmas
         ):
@@ -102,8 +103,9 @@ class ValueEvaluation(LightningModule):
             raise ValueError("there is nothing to measure: give estimators, or set clean to true.")
         if "clean" in estimators:
             raise ValueError('"clean" names the clean reward: give the estimator another name.')
-        if "truth" in estimators:  # its roll-outs would be those of the truth, noise for noise
-            raise ValueError('"truth" names Monte Carlo truth: give the estimator another name.')
+        for name, what in (("truth", "Monte Carlo truth"), ("noise", "what makes z_t")):
+            if name in estimators:  # its roll-outs would have the same random numbers
+                raise ValueError(f'"{name}" names {what}: give the estimator another name.')
         if truth_images and (truth_rollouts < 2 or truth_rollouts % 2):
             raise ValueError(
                 f"truth_rollouts = {truth_rollouts}: expected an even number, at least 2."
@@ -194,7 +196,7 @@ class ValueEvaluation(LightningModule):
         self.registered = nn.ModuleList([m for m in modules if isinstance(m, nn.Module)])
 
     def on_test_start(self) -> None:
-        """Prepares a board for every benchmark, and an even spread of the truth's images over it.
+        """Prepares a board for every benchmark, and notes its size, over which the truth's images are spread.
 
         Raises:
             ValueError: If there are no data.
@@ -205,7 +207,7 @@ class ValueEvaluation(LightningModule):
         keys: list[Key] = [("clean", None)] if self.clean else []
         keys += [(name, sigma) for name in self.values for sigma in self.sigmas]
         self.boards: list[Board] = []
-        self.strides: list[int] = []
+        self.sizes: list[int] = []
         for name, loader in zip(names, loaders, strict=True):
             size = len(getattr(loader, "dataset", loader))
             if size == 0:
@@ -214,14 +216,14 @@ class ValueEvaluation(LightningModule):
                 )
             board = Board(self.task, keys, truth=self.truth is not None, benchmark=name)
             self.boards.append(board.to(self.device))
-            self.strides.append(-(-size // self.truth_images) if self.truth_images else 1)
+            self.sizes.append(size)
         self.seconds = dict.fromkeys(self.factories, 0.0)
         self.calls = dict.fromkeys(self.factories, 0)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the metrics of every estimator and noise level."""
         self.task.check(batch, self.reward)
-        board, stride = self.boards[dataloader_idx], self.strides[dataloader_idx]
+        board, size = self.boards[dataloader_idx], self.sizes[dataloader_idx]
         texts = self.task.texts(batch, self.reward, self._encode_text)
         reference = None
         if self.clean:
@@ -233,7 +235,7 @@ class ValueEvaluation(LightningModule):
         z_0 = batch["latents"] if "latents" in batch else self.vae.encode(_pixels(batch))
         for sigma in self.sigmas:
             z_t, t = self._noised(z_0, sigma, batch["index"])
-            truth = self._truth(z_t, t, sigma, texts, batch["index"], stride)
+            truth = self._truth(z_t, t, sigma, texts, batch["index"], size)
             for name in self.values:
                 image, scorer = self._embed(name, z_t, t, sigma, texts, batch["index"])
                 score = self._score(name, scorer, image, texts)
@@ -314,12 +316,13 @@ class ValueEvaluation(LightningModule):
         return score
 
     def _truth(
-        self, z_t: Tensor, t: Tensor, sigma: float, texts: Texts, index: Tensor, stride: int
+        self, z_t: Tensor, t: Tensor, sigma: float, texts: Texts, index: Tensor, size: int
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Returns which of the batch have truth, and it from either half of the roll-outs."""
         if self.truth is None:
             return None
-        chosen = (index % stride == 0).nonzero()[:, 0]
+        # every size/n-th image, from the first on: n of them whether or not n divides the size
+        chosen = (index * self.truth_images % size < self.truth_images).nonzero()[:, 0]
         if len(chosen) == 0:
             return chosen, z_t.new_zeros(0), z_t.new_zeros(0)
         random = self._generators("truth", sigma, index[chosen])

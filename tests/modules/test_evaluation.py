@@ -100,12 +100,15 @@ def test_bad_input_ends_with_a_message(tmp_path: Path) -> None:
         ({"sigmas": [0.5, 0.5]}, "distinct"),
         ({"estimators": {"clean": NoisyFactory()}}, "another name"),
         ({"estimators": {"truth": NoisyFactory()}}, "names Monte Carlo truth"),
+        ({"estimators": {"noise": NoisyFactory()}}, "names what makes z_t"),
         ({"estimators": {}, "clean": False}, "nothing to measure"),
         ({"truth_images": 3}, "give a generator"),
         ({"truth_images": 3, "truth_rollouts": 5}, "even number"),
     ):
         with pytest.raises(ValueError, match=message):
             ValueEvaluation(**({"estimators": {"stitched": NoisyFactory()}} | options))
+    whole = ValueEvaluation({"stitched": NoisyFactory()}, sigmas=[1])
+    assert [str(sigma) for sigma in whole.sigmas] == ["1.0"]  # the noise of 1 is that of 1.0
     empty, untold, mixed = Data("aesthetic"), Data("aesthetic"), Data("aesthetic")
     empty.samples = []
     with pytest.raises(ValueError, match="nothing was measured: the test set is empty"):

@@ -57,6 +57,15 @@ def test_truth_ranks_monte_carlo_above_tweedie(tmp_path: Path) -> None:
     )
 
 
+def test_as_many_images_have_truth_as_are_asked_for(tmp_path: Path) -> None:
+    """Also where their number does not divide that of the images; all where there are fewer."""
+    for wanted in (7, 40):
+        options = {"truth_images": wanted, "truth_rollouts": 2, "truth_steps": 2, "sigmas": [0.5]}
+        module = world_run(tmp_path / str(wanted), WorldData(n=10), **options)
+        found = {r["n"] for r in module.records if r["metric"] == "truth/r2"}
+        assert found == {min(wanted, 10)}
+
+
 def test_roll_outs_are_scored_one_by_one_where_no_average_can_be(tmp_path: Path) -> None:
     estimators = {
         "mean": MonteCarloFactory(rollouts=4, steps=3),
