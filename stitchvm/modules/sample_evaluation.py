@@ -34,7 +34,7 @@ class SampleEvaluation(LightningModule):
 
     Arguments:
         rewards: Builds the rewards, by the name they get in the results.
-        method: What made the images, for the records; the folder's name by default.
+        method: What made the images, for the records; the name of the samples' folder by default.
         checker: Whether the prompts are the embedded world's and its exact checker reads the images.
         detector: Builds an object detector for GenEval; its prompts must have their metadata.
         colours: Builds GenEval's colour classifier, for prompts that name a colour.
@@ -137,7 +137,8 @@ class SampleEvaluation(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Gathers the metrics of all devices; the first one writes and prints."""
-        method = self.method or Path(self.trainer.default_root_dir).name
+        samples = getattr(getattr(self.trainer, "datamodule", None), "root", self.folder)
+        method = self.method or Path(samples).resolve().name
         self.records = [
             self._record(name, metric, method)
             for name, metric in self.means.items()

@@ -160,6 +160,7 @@ def test_errors(scenes: Path, tmp_path: Path) -> None:
         run(SampleEvaluation(clip), bare, tmp_path / "run0")
     with pytest.raises(ValueError, match="GenEval judges by each prompt's metadata"):
         run(SampleEvaluation(detector=OneDog), scenes, tmp_path / "run1")
-    run(SampleEvaluation(checker=True), scenes, tmp_path / "run2")
+    found = run(SampleEvaluation(checker=True), scenes, tmp_path / "run2")
+    assert found["checker/whole"]["estimator"] == scenes.name  # not that of the results' folder
     with pytest.raises(FileExistsError, match="overwrite"):
         run(SampleEvaluation(checker=True), scenes, tmp_path / "run2")
