@@ -89,7 +89,9 @@ class Parts:
         return None
 
     def offer_backbone(self, backbone: Backbone) -> None:
-        """Takes the backbone of a value model, for others on the same."""
+        """Takes the backbone of a value model, for others on the same; a borrowed one is its owner's to lend."""
+        if getattr(backbone, "borrowed", False):
+            return
         if not any(backbone is known for known in self._backbones):
             self._backbones.append(backbone)
 
