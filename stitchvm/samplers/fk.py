@@ -54,7 +54,8 @@ class FKSteering(Sampler):
         particles: The number N of particles of a prompt.
         proposals: The number M of proposals per particle at the steps of `proposal_share`.
         potential: "diff", "max", "add" or "rt" (see `potentials`).
-        lam: λ ≥ 0; 0 is the plain sampler.
+        lam: λ ≥ 0. At 0 nothing is resampled: with M = 1 every particle is the plain sampler's, of which `final` still
+            takes one; proposals are chosen by their value whatever λ.
         lam_per: "value", or "spread" for λ in units of the values' spread over the particles (see `potentials`).
         score: "child" or "parent" (see above).
         resampling: "systematic", or "multinomial" as the paper says (more variance).

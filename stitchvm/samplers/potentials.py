@@ -12,8 +12,8 @@ In the limit of many particles the weighted particles are then the sampler's own
     | `rt`   | λ_j V_j                              | each level for itself                                    |
     | last   | λ r(z_0) − Σ_i log G_i               | the correction, for all of them                          |
 
-`diff` takes the difference to the level before at which values were taken, not to the step before, so that it
-telescopes when values are not taken at every step; at the first level V_0 = 0, a constant that weights do not see.
+`diff` takes the difference to the level before at which particles were weighed, not to the step before (whether or not
+proposals had values there), so that it telescopes; at the first level V_0 = 0, a constant that weights do not see.
 
 **λ.** `per="value"`: λ_j = λ, in units of 1/reward; the target is p·exp(λ r)/Z. `per="spread"`: λ_j = λ/s_j, where s_j²
 is the average, over the levels so far, of the (unbiased) variance of V over the N particles of the prompt: one λ then
@@ -75,7 +75,7 @@ class Weights:
             raise ValueError(f'lam_per = {per!r}: expected "value" or "spread".')
         if not (0 <= lam < math.inf):
             raise ValueError(
-                f"lam = {lam}: expected a finite number ≥ 0; 0 is the plain sampler. To lower a reward, negate it."
+                f"lam = {lam}: expected a finite number ≥ 0; at 0 nothing is resampled. To lower a reward, negate it."
             )
         zeros = torch.zeros(prompts, particles, dtype=torch.float64)
         start = torch.full_like(zeros, -math.inf) if potential == "max" else zeros.clone()

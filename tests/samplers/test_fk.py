@@ -188,6 +188,21 @@ def test_without_lambda_every_particle_is_the_plain_sample() -> None:
         assert torch.equal(samples.latents, plain.latents)
 
 
+def test_without_lambda_the_final_value_and_proposals_still_choose() -> None:
+    generator, value = ClosedFormGenerator(WORLD), KnownValue(WORLD, REWARD)
+    plain = PlainSampler(num_steps=10, nu="linear_sde")(generator, ["0"] * 20)
+
+    def steered(**settings: object) -> Tensor:
+        sampler = FKSteering(3, lam=0.0, num_steps=10, **settings)
+        return sampler(generator, ["0"] * 20, value).latents
+
+    assert torch.equal(steered(final="first"), plain.latents)
+    best, chosen = steered(final="best"), steered(final="first", proposals=2)
+    reward = REWARD(plain.latents.double()).mean()
+    for latents in (best, chosen):
+        assert REWARD(latents.double()).mean() > reward + 0.3
+
+
 def test_one_particle_and_one_proposal_are_the_plain_sampler(sd3: Generator) -> None:
     plain = PlainSampler(num_steps=5, nu="linear_sde")(sd3, PROMPTS, seeds=[3, 7])
     samples = FKSteering(1, 1, num_steps=5)(sd3, PROMPTS, seeds=[3, 7])
