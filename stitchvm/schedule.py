@@ -17,6 +17,9 @@ pipeline and training code built on it use: its smallest level is shifted, then 
 the resolution, s = e^μ with μ linear in the number of image tokens:
 `sigma_grid(28, shift=math.exp(resolution_mu(4096)), kind="flux")`, where "flux" is "single" in the
 rounding of diffusers' own formula (they differ by 2e-7 at most).
+
+σ_0 is 1 exactly. diffusers' is 1.0000001 for the shift 1.32 and .99999994 for 1.43, as one of
+twelve shifts with two digits has it: no noise level the one, t/(1 − t) = 1.7e7 the other.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def resolution_mu(
 def sigma_grid(num_steps: int, shift: float = 3.0, kind: str = "single") -> Tensor:
     """Returns the levels σ_0 = 1 > … > σ_N = 0 of an N-step run, float32, (num_steps + 1,).
 
-    Bit for bit those of diffusers' scheduler (see the module's description).
+    Bit for bit those of diffusers' scheduler, but for σ_0 (see the module's description).
 
     Arguments:
         num_steps: The number of steps N ≥ 1.
@@ -95,7 +98,15 @@ def sigma_grid(num_steps: int, shift: float = 3.0, kind: str = "single") -> Tens
         sigmas = shift_sigmas(_linspace(1000.0, smallest * 1000, num_steps) / 1000, shift).float()
     else:
         raise ValueError(f'kind = "{kind}": expected "linear", "single", "flux" or "double".')
-    return torch.cat([sigmas, torch.zeros(1)])
+    return begin_at_one(torch.cat([sigmas, torch.zeros(1)]))
+
+
+def begin_at_one(sigmas: Tensor) -> Tensor:
+    """Returns levels whose first is 1 where it is 1 up to rounding, else as it is."""
+    if sigmas.ndim == 1 and len(sigmas) and abs(float(sigmas[0]) - 1) < 1e-6:
+        sigmas = sigmas.clone()
+        sigmas[0] = 1
+    return sigmas
 
 
 def _linspace(start: float, stop: float, num: int) -> Tensor:

@@ -84,6 +84,20 @@ def test_grids_of_the_paper() -> None:
         assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
 
 
+def test_every_grid_begins_at_one(scheduler: Callable) -> None:
+    first = []
+    for shift in [n / 100 for n in range(2, 1000)] + [1.43]:
+        reference = scheduler(shift=shift)
+        reference.set_timesteps(sigmas=np.linspace(1.0, 0.25, 4))
+        for kind in ("linear", "single", "flux", "double"):
+            grid = sigma_grid(4, shift, kind)
+            assert grid[0] == 1 and grid[1] < 1, (shift, kind)
+        assert torch.equal(sigma_grid(4, shift, "single")[1:], reference.sigmas[1:])
+        first.append(float(reference.sigmas[0]))
+    assert min(first) < 1 < max(first)  # so it does not follow from the scheduler's
+    assert 0.05 < sum(sigma != 1 for sigma in first) / len(first) < 0.15
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

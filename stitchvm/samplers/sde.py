@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from stitchvm.path import FlowPath, working_dtype
+from stitchvm.schedule import begin_at_one
 
 NU: dict[str, Callable[[float], float]] = {
     "ode": lambda t: 0.0,
@@ -110,12 +111,12 @@ class Kernel:
 
 
 def check_levels(sigmas: Tensor) -> Tensor:
-    """Returns levels as float32 on the CPU.
+    """Returns levels as float32 on the CPU; the first is 1 where rounding alone made it another number.
 
     Raises:
         ValueError: If they do not fall from at most 1 to 0.
     """
-    sigmas = torch.as_tensor(sigmas).detach().to("cpu", torch.float32)
+    sigmas = begin_at_one(torch.as_tensor(sigmas).detach().to("cpu", torch.float32))
     falls = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas[1:] < sigmas[:-1]).all())
     if not falls or float(sigmas[0]) > 1 or float(sigmas[-1]) != 0:
         shown = [round(float(s), 4) for s in sigmas.flatten()[:6]]

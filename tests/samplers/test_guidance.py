@@ -318,6 +318,17 @@ def test_guidance_acts_where_it_is_told_to() -> None:
         acts(window=(0.0, 0.2), levels=(0.0, 0.5))
 
 
+@pytest.mark.parametrize("shift", [1.32, 1.43])
+def test_a_first_level_that_rounding_would_move_off_one(shift: float) -> None:
+    """float32 makes 1.0000001 and 0.99999994 of it: no level, or a coefficient t/(1 − t) of 1.7e7."""
+    generator, value = ClosedFormGenerator(world()), KnownValue(world(), reward())
+    one, other = (
+        GuidedSampler(num_steps=8, nu="paper", grid="single", shift=s)(generator, ["0"], value)
+        for s in (shift, shift + 0.001)
+    )
+    assert torch.allclose(one.latents, other.latents, atol=0.01)
+
+
 def test_zero_gradients_and_zero_rewards_move_nothing() -> None:
     x = torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[3e-30, -4e-30]]])
     assert torch.allclose(unit(x), torch.tensor([[[0.6, 0.8]], [[0.0, 0.0]], [[0.6, -0.8]]]))

@@ -176,6 +176,18 @@ def test_errors_say_what_is_wrong(sd3: Generator) -> None:
     with pytest.raises(ValueError, match="strictly falling"):
         check_levels(torch.tensor([1.0, 0.5, 0.5, 0.0]))
 
+@pytest.mark.parametrize("shift", [1.32, 1.43])
+def test_levels_that_rounding_has_moved_off_one(tiny_sd3: Path, shift: float) -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+    pipe.scheduler = own = type(pipe.scheduler)(shift=shift)
+    generator = Generator.from_pipeline(pipe, text_tokens=12)
+    assert float(own.sigmas[0]) != 1
+    assert check_levels([*own.sigmas[[0, 500, 999]].tolist(), 0.0])[0] == 1
+    assert (
+        PlainSampler(num_steps=2, guidance_scale=1.0)(generator, PROMPTS).latents.isfinite().all()
+    )
+
+
 
 def test_records_name_the_level_reached(sd3: Generator) -> None:
     seen: list[Record] = []
