@@ -94,7 +94,8 @@ def sigma_grid(num_steps: int, shift: float = 3.0, kind: str = "single") -> Tens
     elif kind == "double":
         # the smallest of the scheduler's 1000 training levels, shifted in float32; the way over
         # timesteps 1000·σ and back is diffusers' too, and costs the last bit if left out
-        smallest = shift_sigmas(torch.tensor(1.0) / 1000, shift).item()
+        one = torch.ones((), dtype=torch.float32)
+        smallest = shift_sigmas(one / 1000, shift).item()
         sigmas = shift_sigmas(_linspace(1000.0, smallest * 1000, num_steps) / 1000, shift).float()
     else:
         raise ValueError(f'kind = "{kind}": expected "linear", "single", "flux" or "double".')

@@ -112,6 +112,15 @@ def test_bad_grids_are_named(arguments: tuple, message: str) -> None:
         sigma_grid(*arguments)
 
 
+def test_grids_do_not_depend_on_the_default_dtype() -> None:
+    before = {kind: sigma_grid(10, 3.0, kind) for kind in ("linear", "single", "flux", "double")}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(torch.equal(sigma_grid(10, 3.0, kind), grid) for kind, grid in before.items())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class _ScipyLogitNormal:
     @staticmethod
     def cdf(x: np.ndarray) -> np.ndarray:

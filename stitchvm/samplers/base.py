@@ -89,7 +89,9 @@ class Noise:
 
     def draw(self, proposals: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns noise with shape (P·N, proposals, C, H, W)."""
-        rows = [torch.randn(proposals, *self.shape, generator=one) for one in self._streams]
+        # whatever the default dtype: in bfloat16, as under the precision bf16-true, it is other noise
+        shape, kind = (proposals, *self.shape), torch.float32
+        rows = [torch.randn(shape, generator=one, dtype=kind) for one in self._streams]
         return sent(torch.stack(rows), self.device).to(dtype)
 
     def uniforms(self, n: int) -> Tensor:

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from stitchvm.backbones.flux import unpack
 from stitchvm.generator import Generator
 from stitchvm.path import FlowPath
-from stitchvm.samplers.base import Record
+from stitchvm.samplers.base import Noise, Record
 from stitchvm.samplers.field import Field
 from stitchvm.samplers.plain import PlainSampler
 from stitchvm.samplers.sde import NU, Kernel, check_levels
@@ -122,6 +122,18 @@ def test_a_sample_depends_on_its_seed_alone(sd3: Generator) -> None:
     assert torch.allclose(together[0], together[2], atol=1e-4)
     assert torch.allclose(together, parts, atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_noise_does_not_depend_on_the_default_dtype() -> None:
+    def drawn() -> torch.Tensor:
+        return Noise([3, 4], 2, (1, 2, 2), torch.device("cpu")).draw(3)
+
+    before = drawn()
+    torch.set_default_dtype(torch.bfloat16)  # as the precision bf16-true does in a step
+    try:
+        assert torch.equal(drawn(), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_null_branch_goes_on_from_the_values_prefix(
