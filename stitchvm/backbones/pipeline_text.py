@@ -59,11 +59,12 @@ class PipelineEncoders(TextEncoders):
                 "it with them"
             )
         options: dict[str, Any] = {"prompt_2": texts, "max_sequence_length": self.num_tokens}
-        if self.family == "sd3":
-            options |= {"prompt_3": texts, "do_classifier_free_guidance": False}
-            tokens, _, pooled, _ = self.pipe.encode_prompt(texts, **options)
-        else:
-            tokens, pooled, _ = self.pipe.encode_prompt(texts, **options)
+        with torch.autocast(self.pipe.transformer.device.type, enabled=False):
+            if self.family == "sd3":
+                options |= {"prompt_3": texts, "do_classifier_free_guidance": False}
+                tokens, _, pooled, _ = self.pipe.encode_prompt(texts, **options)
+            else:
+                tokens, pooled, _ = self.pipe.encode_prompt(texts, **options)
         return Condition(tokens, pooled)
 
     def ahead(

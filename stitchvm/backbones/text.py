@@ -206,14 +206,16 @@ class TextEncoders:
     def _run(
         self, name: str, ids: Tensor, device: torch.device, keep: bool, **options: Any
     ) -> Any:
-        """Runs one encoder, loading it before and freeing it after where needed."""
+        """Runs one encoder in its own dtype, loading it before and freeing it after where needed."""
         encoder = self._loaded.get(name)
         if encoder is None:
             encoder = self._load(name, dtype=self.dtype).eval().requires_grad_(False)
         encoder = encoder.to(device)
         if keep:
             self._loaded[name] = encoder
-        return encoder(ids, **options)
+        # as the networks that read the answer: it is kept, and not to depend on who asks for it first
+        with torch.autocast(ids.device.type, enabled=False):
+            return encoder(ids, **options)
 
     def _tokenizer(self, name: str) -> Any:
         """Returns a tokenizer, loaded once."""

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stitchvm.backbones.null_text import PromptStore, fingerprint, null_condition, write_condition
+from stitchvm.backbones.pipeline_text import PipelineEncoders
 from stitchvm.backbones.sd3 import SD3Backbone
 from stitchvm.backbones.text import Condition, TextEncoders
 from tests.tiny import read_json
@@ -75,6 +76,30 @@ def test_encoders_are_freed_one_at_a_time(folder: Path, monkeypatch: pytest.Monk
     assert len(text._loaded) == 3
     text.free()
     assert not text._loaded
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_autocast_outside_changes_no_condition(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept, on disk too, does not depend on who asks for it first."""
+    monkeypatch.setenv("STITCHVM_CACHE", str(tmp_path / "cache"))
+    path = request.getfixturevalue(f"tiny_{family}")
+    pipe = DiffusionPipeline.from_pretrained(path)
+    for text in (
+        TextEncoders(str(path), family, 12, torch.float32),
+        PipelineEncoders(pipe, family, 12),
+    ):
+        expected = text(["a red circle"])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [text(["a red circle"]), *text.ahead(["a red circle"])]
+        for cond in found:
+            assert torch.equal(cond.tokens, expected.tokens)
+            assert torch.equal(cond.pooled, expected.pooled)
+    text = TextEncoders(str(path), family, 12, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        null_condition(text)
+    assert torch.equal(null_condition(text).tokens, text([""]).tokens)
 
 
 def test_the_cache_knows_length_dtype_and_weights(folder: Path) -> None:
