@@ -186,6 +186,11 @@ class Field:
             leaf = z[part].detach().requires_grad_()
             with torch.enable_grad():
                 v, state = self._evaluate(leaf, t, row[part])
+                if torch.is_inference_mode_enabled():
+                    raise ValueError(
+                        f"guidance takes the gradient of {self._name}, and torch.inference_mode() allows none: leave "
+                        "it out, or take torch.no_grad()."
+                    )
                 if not v.requires_grad:
                     raise ValueError(
                         f"{self._name} is not differentiable in the latents, so it cannot guide: choose a "

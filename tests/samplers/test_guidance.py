@@ -355,6 +355,11 @@ def test_errors_say_what_is_wrong(sd3: Generator) -> None:
     with pytest.raises(ValueError, match="known value is not differentiable"):
         GuidedSampler(num_steps=2)(generator, ["0"], value)
     value.differentiable = True
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match=r"gradient of known value, and torch\.inference_mode"),
+    ):
+        GuidedSampler(num_steps=2)(generator, ["0"], value)
     with pytest.raises(ValueError, match="asks a value, but none is configured"):
         GuidedSampler(num_steps=2)(generator, ["0"])
     with pytest.raises(
