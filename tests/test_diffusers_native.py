@@ -338,6 +338,18 @@ def test_a_step_is_the_kernels() -> None:
     assert low.dtype == torch.bfloat16 and scheduler.step_index == 2
 
 
+def test_without_noise_a_step_in_bfloat16_is_diffusers_own() -> None:
+    before = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    after = sde_scheduler(before, nu="ode")
+    z, u = torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 64).bfloat16()
+    for scheduler in (before, after):
+        scheduler.set_timesteps(7)
+    for t in before.timesteps[:3]:
+        a, b = (scheduler.step(u, t, z).prev_sample for scheduler in (before, after))
+        assert torch.equal(a, b) and a.dtype == torch.bfloat16
+    assert before.step_index == after.step_index == 3
+
+
 def test_exact_guidance_knows_the_noise_of_the_schedulers_steps(noisy: dict[str, Any]) -> None:
     callback = GuidanceCallback(noisy["value"], PROMPTS, 30.0, "exact", **size(noisy))
     run(noisy, torch.randn(2, 4, 12, 8), callback)

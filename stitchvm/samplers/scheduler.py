@@ -58,6 +58,9 @@ def _scheduler_class() -> type:
 
         def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
             """Returns the sample after one step; keywords as in diffusers."""
+            if self.kernel.deterministic and not self.config.stochastic_sampling:
+                # in bfloat16 diffusers rounds dt·u, too: another last digit
+                return super().step(model_output, timestep, sample, **kwargs)
             if self.step_index is None:
                 self._init_step_index(timestep)
             k, sigmas = self._step_index, check_levels(self.sigmas)
