@@ -213,7 +213,7 @@ class Sampling(LightningModule):
             rank_zero_info(f"{len(self.done)} samples are there already and are kept")
         mine = self._left()
         if mine is not None and self.parts is not None:
-            self._prepare_prompts([self.dataset[i]["prompt"] for i, _ in mine])
+            self._prepare_prompts([self.dataset[i]["prompt"] for i in self._run_again(mine)])
         self.meter = Meter(self.device)
         self.store.open(self.global_rank, self.trainer.world_size)
         if self.bar is not None:
@@ -228,17 +228,29 @@ class Sampling(LightningModule):
 
     def _left(self, everywhere: bool = False) -> list[tuple[int, int]] | None:
         """Returns (index, seed) of what this process, or any, has still to sample; None if the loader does not tell."""
-        loader = self.trainer.predict_dataloaders
-        batches = getattr(loader, "batch_sampler", None)
+        batches = self._batches()
         if self.dataset is None or batches is None:
             return None
-        (most,) = self.trainer.num_predict_batches
         if everywhere:
             indices: list[int] = list(range(len(self.dataset)))
         else:
-            indices = [i for k, batch in enumerate(batches) if k < most for i in batch]
+            indices = [i for batch in batches for i in batch]
         seeds = range(self.seed, self.seed + self.samples_per_prompt)
         return [(i, s) for i in dict.fromkeys(indices) for s in seeds if (i, s) not in self.done]
+
+    def _batches(self) -> list[list[int]] | None:
+        """Returns the indices of this process's batches; None if the loader does not tell."""
+        batches = getattr(self.trainer.predict_dataloaders, "batch_sampler", None)
+        if batches is None:
+            return None
+        (most,) = self.trainer.num_predict_batches
+        return [list(batch) for k, batch in enumerate(batches) if k < most]
+
+    def _run_again(self, left: Sequence[tuple[int, int]]) -> list[int]:
+        """Returns the indices of all batches of which a sample is left."""
+        missing = {i for i, _ in left}
+        batches = [batch for batch in self._batches() or () if missing.intersection(batch)]
+        return [i for batch in batches for i in batch]
 
     def _changed_prompts(self) -> list[str]:
         """Returns which prompts are not those of the finished samples."""

@@ -235,6 +235,18 @@ def test_a_missing_sample_is_made_again_bit_for_bit(plain, parts) -> None:
     )
 
 
+def test_batches_that_are_run_again_have_their_prompts_encoded_ahead(plain, parts) -> None:
+    """Else the text encoders come back beside the other networks, and stay."""
+    root, arguments = plain
+    other = parts[3] / "encoders"
+    shutil.copytree(root, other)
+    (other / "images" / "000002_s4.png").unlink()
+    module = predict(other, **arguments)
+    same(root, other)
+    memory = module.parts.generator._memory
+    assert set(memory.kept) == set(PROMPTS[2:]) and not memory.encoders._loaded
+
+
 def test_more_samples_per_prompt_are_added(plain, parts) -> None:
     root, arguments = plain
     other = parts[3] / "more"
