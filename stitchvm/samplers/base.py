@@ -22,7 +22,7 @@ from stitchvm.randomness import keyed_generator
 from stitchvm.samplers.field import Field, Shared
 from stitchvm.samplers.sde import Kernel, check_levels
 from stitchvm.schedule import sigma_grid
-from stitchvm.values.base import Bindable
+from stitchvm.values.base import Bindable, listed
 
 
 @dataclass
@@ -260,10 +260,10 @@ class Sampler(ABC):
             on_step: Is called with the record of every step; on a GPU before its numbers are known to be finite.
 
         Raises:
-            ValueError: If the sampler and the value do not go together, numbers do not match, or a value or
-                gradient is not finite (naming step, level, prompt and estimator).
+            ValueError: If the sampler and the value do not go together, the prompts are one text, numbers do not
+                match, or a value or gradient is not finite (naming step, level, prompt and estimator).
         """
-        prompts = list(prompts)
+        prompts = listed(prompts) or []
         seeds = [seeds + p for p in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
         self._check(prompts, seeds, value)
         size = latent_size or generator.default_size

@@ -191,7 +191,7 @@ class Value(nn.Module, ABC):
         Raises:
             ValueError: If prompts are missing; from v, if their number is not that of the latents.
         """
-        prompts = list(prompts) if prompts is not None else None
+        prompts = listed(prompts)
         return self._bound(prompts, self.encode_text(prompts), generator)
 
     def _bound(
@@ -245,6 +245,17 @@ class BoundEstimator(BoundValue):
         if isinstance(generator, Sequence):  # a single one is repeated, too: one for each latent
             generator = [generator[i if len(generator) > 1 else 0] for i in places]
         return type(self)(self.value, prompts, text, generator)
+
+
+def listed(prompts: Sequence[str] | None) -> list[str] | None:
+    """Returns prompts as a list.
+
+    Raises:
+        ValueError: If they are one text: its letters would be prompts.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"the prompts are one text, {prompts!r}: put it into a list.")
+    return None if prompts is None else list(prompts)
 
 
 def match(

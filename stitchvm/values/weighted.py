@@ -27,6 +27,7 @@ from stitchvm.values.base import (
     Part,
     Prefixes,
     Value,
+    listed,
     same_level,
 )
 from stitchvm.values.parts import Parts, ValueFactory
@@ -112,7 +113,7 @@ class WeightedValue(Value):
         self, prompts: Sequence[str] | None = None, *, generator: Generators = None
     ) -> WeightedBound:
         """Returns v with v(z_t, t) -> (B,); arguments as for `Value.bind`. Each distinct reward encodes text once."""
-        prompts = list(prompts) if prompts is not None else None
+        prompts = listed(prompts)
         text = self.encode_text(prompts)
         return self._bound(prompts, text, generator)
 

@@ -176,18 +176,6 @@ def test_nothing_is_shared_where_it_would_be_wrong(
     assert not Field(other, PROMPTS, None, value.bind(PROMPTS)).shares  # another null text
 
 
-def test_errors_say_what_is_wrong(sd3: Generator) -> None:
-    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
-        PlainSampler()(sd3, PROMPTS, seeds=[1])
-    with pytest.raises(ValueError, match="no prompts"):
-        PlainSampler()(sd3, [])
-    with pytest.raises(ValueError, match="expected one of ode"):
-        PlainSampler(nu="brownian")
-    with pytest.raises(ValueError, match="at least 1 step"):
-        PlainSampler(num_steps=0)
-    with pytest.raises(ValueError, match="strictly falling"):
-        check_levels(torch.tensor([1.0, 0.5, 0.5, 0.0]))
-
 @pytest.mark.parametrize("shift", [1.32, 1.43])
 def test_levels_that_rounding_has_moved_off_one(tiny_sd3: Path, shift: float) -> None:
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
@@ -199,6 +187,20 @@ def test_levels_that_rounding_has_moved_off_one(tiny_sd3: Path, shift: float) ->
         PlainSampler(num_steps=2, guidance_scale=1.0)(generator, PROMPTS).latents.isfinite().all()
     )
 
+
+def test_errors_say_what_is_wrong(sd3: Generator) -> None:
+    with pytest.raises(ValueError, match="are one text, 'a red circle': put it into a list"):
+        PlainSampler()(sd3, PROMPTS[0])
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
+        PlainSampler()(sd3, PROMPTS, seeds=[1])
+    with pytest.raises(ValueError, match="no prompts"):
+        PlainSampler()(sd3, [])
+    with pytest.raises(ValueError, match="expected one of ode"):
+        PlainSampler(nu="brownian")
+    with pytest.raises(ValueError, match="at least 1 step"):
+        PlainSampler(num_steps=0)
+    with pytest.raises(ValueError, match="strictly falling"):
+        check_levels(torch.tensor([1.0, 0.5, 0.5, 0.0]))
 
 
 def test_records_name_the_level_reached(sd3: Generator) -> None:

@@ -219,6 +219,8 @@ def test_binding() -> None:
     with pytest.raises(ValueError, match="bound to 2 prompts but was asked about 3 latents"):
         value.bind(["+", "-"])(z_0, t)
     with pytest.raises(ValueError, match="no prompts came"):
+    with pytest.raises(ValueError, match=r"are one text, '\+': put it into a list"):
+        value.bind("+")
         value.bind()
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
         value.bind(["+"])(z_0, torch.tensor([2.0]))
