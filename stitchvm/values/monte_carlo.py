@@ -160,9 +160,17 @@ class MonteCarloValue(Value):
         prompts: Sequence[str] | None = None,
         generator: Generators = None,
     ) -> Tensor:
-        """Returns the unit embedding of every roll-out, with shape (n, B, E); arguments as for `embed`."""
+        """Returns the unit embedding of every roll-out, with shape (n, B, E); arguments as for `embed`.
+
+        Raises:
+            ValueError: If there are several generators and not one per latent.
+        """
         t = same_level(t, z_t)
         batch, n = len(z_t), self.rollouts
+        if isinstance(generator, Sequence) and len(generator) != batch:
+            raise ValueError(
+                f"{len(generator)} random generators for {batch} latents: expected one per latent, or one for all."
+            )
         prompts = list(prompts) if self.use_prompts and prompts is not None else None
         rows = self.batch_size or batch * n
         # roll-out k of latent b is row k·B + b

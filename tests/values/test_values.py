@@ -154,6 +154,9 @@ def test_rollouts_of_a_latent_do_not_depend_on_batches() -> None:
 
     whole = embed(None, slice(0, 3))
     assert whole.shape == (5, 3, 2)
+    with pytest.raises(ValueError, match="2 random generators for 3 latents"):
+        value = MonteCarloValue(WorldGenerator(world), ClosedFormReward(known()))
+        value.embeddings(z_t, t, generator=generators(2))
     assert whole[:, 0].std(dim=0).min() > 0
     assert torch.allclose(embed(2, slice(0, 3)), whole, atol=1e-7)
     assert torch.allclose(embed(4, slice(1, 2)), whole[:, 1:2], atol=1e-7)
@@ -216,11 +219,11 @@ def test_binding() -> None:
     assert torch.allclose(value.bind(["+", "-", "+"])(z_0, t), r * torch.tensor([1.0, -1, 1]))
     assert reward.encoded == ["+", "-"]
     assert torch.allclose(value.bind(["-"])(z_0, t), -r)
+    with pytest.raises(ValueError, match=r"are one text, '\+': put it into a list"):
+        value.bind("+")
     with pytest.raises(ValueError, match="bound to 2 prompts but was asked about 3 latents"):
         value.bind(["+", "-"])(z_0, t)
     with pytest.raises(ValueError, match="no prompts came"):
-    with pytest.raises(ValueError, match=r"are one text, '\+': put it into a list"):
-        value.bind("+")
         value.bind()
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
         value.bind(["+"])(z_0, torch.tensor([2.0]))
