@@ -156,40 +156,47 @@ def test_costs_are_added_up_from_the_counted_parts(monkeypatch: pytest.MonkeyPat
     assert found["Flow-GRPO-Fast"] == (1152, 10 * 2 + 4.5, 3 * (2 + 3))
 
 
-OWN_PARSERS = ("sweep", "check")
-
-
 def commands() -> list[list[str]]:
-    """Returns every different `stitchvm` command of the bash blocks, in words."""
+    """Returns every different `stitchvm` command of the bash blocks, and of README.md's, in words."""
     found: dict[str, list[str]] = {}
-    for page in PAGES:
+    for page in (ROOT / "README.md", *PAGES):
         for block in blocks(page.read_text(encoding="utf-8")):
             if block.language != "bash" or block.text.startswith(MARK):
                 continue
-            for line in block.text.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if (
-                    words[:1] == ["stitchvm"]
-                    and "--config" in words
-                    and words[1] not in OWN_PARSERS
-                ):
+            text = re.sub(r"(?m)(?:^|\s)#.*$", "", block.text).replace("\\\n", " ")
+            for line in re.findall(r"(?:'[^']*'|[^'\n])+", text):  # a quoted text may have several
+                words = shlex.split(line)
+                if words[:1] == ["stitchvm"] and "--config" in words:
                     found[shlex.join(words)] = words[1:]
     return list(found.values())
 
 
+def test_commands_are_found() -> None:
+    found = commands()
+    assert {words[0] for words in found} == {"fit", "search", "test", "predict", "check", "sweep"}
+    assert any("--model.estimators" in words and '"tweedie"' in words[-1] for words in found)
+
+
 @pytest.mark.slow
 def test_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stitchvm.lightning_cli import StitchCLI
+    from stitchvm.lightning_cli import ParsedCLI, parse
+    from stitchvm.preflight.compose import compose
+    from stitchvm.sweep import _parser
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["stitchvm"])  # Lightning warns of any other
-    monkeypatch.setattr(StitchCLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(StitchCLI, "after_instantiate_classes", lambda self: None)
-    monkeypatch.setattr(StitchCLI, "before_instantiate_classes", lambda self: None)
-    monkeypatch.setattr(StitchCLI, "_run_subcommand", lambda self, name: None)
     assert len(commands()) > 20
-    for words in commands():
+    for command, *words in commands():
         try:
-            StitchCLI(args=words, command=words[0])
+            if command == "check":
+                config = compose([Path(words[words.index("--config") + 1])])
+                parse(words, config["model"]["class_path"])
+            elif command == "sweep":
+                given, rest = _parser().parse_known_args(words)
+                parameter, setting = given.sweep[:2]
+                run = ["predict", "--config", str(given.config), *rest]
+                ParsedCLI(args=[*run, f"--model.{parameter}={setting}"], command="predict")
+            else:
+                ParsedCLI(args=[command, *words], command=command)
         except SystemExit:
-            pytest.fail(f"stitchvm {shlex.join(words)}")
+            pytest.fail(f"stitchvm {command} {shlex.join(words)}")
