@@ -1,7 +1,8 @@
 """Spearman's rank correlation (SRCC) of scores with human or true scores, each sample counted once.
 
 torchmetrics' own coefficient (which averages tied ranks, as SciPy's) with samples told apart by index. The
-standard error is Bonett and Wright's (2000) for Fisher's z, carried back: (1 − ρ²)·sqrt((1 + ρ²/2)/(n − 3)).
+standard error is Bonett and Wright's (2000) for Fisher's z, carried back: (1 − ρ²)·sqrt((1 + ρ²/2)/(n − 3)), and not
+defined for n ≤ 3.
 """
 
 from __future__ import annotations
@@ -61,5 +62,5 @@ class SpearmanCorrelation(Metric):
         rho = torch.full((), torch.nan, dtype=torch.float64, device=score.device)
         if n > 1 and bool(score.min() < score.max()) and bool(target.min() < target.max()):
             rho = spearman_corrcoef(score, target).double()
-        stderr = (1 - rho**2) * ((1 + rho**2 / 2) / max(n - 3, 1)).sqrt()
+        stderr = (1 - rho**2) * ((1 + rho**2 / 2) / (n - 3 if n > 3 else torch.nan)).sqrt()
         return {"srcc": Estimate(rho, stderr, torch.tensor(n, device=rho.device))}

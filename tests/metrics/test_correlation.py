@@ -44,6 +44,14 @@ def test_srcc_of_a_constant_is_not_a_number() -> None:
     assert torch.isnan(metric.compute()["srcc"].value)
 
 
+def test_srcc_of_three_samples_has_no_standard_error() -> None:
+    for n in (2, 3, 4):
+        metric = SpearmanCorrelation()
+        metric.update(torch.arange(n) * 1.0, torch.arange(n) * 2.0, torch.arange(n))
+        answer = metric.compute()["srcc"]
+        assert answer.value == 1 and bool(answer.stderr.isnan()) == (n < 4)
+
+
 def test_errors_against_noisy_truth() -> None:
     n, noise = 20_000, 0.5
     value = torch.randn(n).double()
