@@ -224,8 +224,7 @@ class Alignment(LeanCheckpoint):
 
     def conditions(self, rows: Rows) -> Any:
         """Returns the conditions of images' prompts."""
-        with torch.no_grad():
-            return self.generator.encode_prompts(rows.prompts)
+        return self._built.conditions(rows)
 
     def noise(self, rows: Rows) -> Tensor:
         """Returns z at σ_0, float32 with shape (B, C, H, W): unit noise for σ_0 = 1."""

@@ -136,6 +136,13 @@ class AlignmentParts:
             encode_ahead(self.generator, prompts, limit)
             self.prompts = prompts
 
+    @torch.no_grad()
+    def conditions(self, rows: Rows) -> Any:
+        """Returns the conditions of images' prompts."""
+        for prompt in encoded_alone(rows):
+            self.generator.encode_prompts([prompt])
+        return self.generator.encode_prompts(rows.prompts)
+
     def score(self, rows: Rows, z: Tensor, tau: Tensor | float) -> Scored:
         """Returns the values of latents, differentiable in z; all NaN where a reward is not finite.
 
@@ -147,6 +154,8 @@ class AlignmentParts:
             z: Their latents, with shape (B, C, H, W).
             tau: Their level.
         """
+        for prompt in encoded_alone(rows):
+            self.value.encode_text([prompt])
         bound = self.value.bind(list(rows.prompts), generator=rows.streams("value"))
         found: Scored | None = None
         try:
@@ -166,6 +175,14 @@ def prompts_of(trainer: Trainer | None) -> list[list[str]]:
     names = ["train_data"] * (trainer.state.fn == "fit") + ["val_data"]
     sets = [getattr(trainer.datamodule, name, None) for name in names]
     return [list(each.prompts) for each in sets if each is not None]
+
+
+def encoded_alone(rows: Rows) -> list[str]:
+    """Returns the prompts whose texts are encoded one by one, to be kept: on a CPU, where runs go on bit for bit, all.
+
+    In a batch a text is rounded with its neighbours, and after resuming others may be new. A GPU is quicker so.
+    """
+    return list(dict.fromkeys(rows.prompts)) if rows.device.type == "cpu" else []
 
 
 def encode_ahead(generator: Any, prompts: Sequence[Sequence[str]], limit: int) -> None:
