@@ -1,12 +1,14 @@
-"""SIGTERM ends a run as Ctrl-C does, and is told apart from it by its exit code."""
+"""SIGTERM ends a run as Ctrl-C does, and is told apart from it by its exit code; what must not be cut in two is not."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Terminated", "exit_code", "stop_on_sigterm"]
+__all__ = ["Terminated", "exit_code", "stop_on_sigterm", "uninterrupted"]
 
 
 class Terminated(KeyboardInterrupt):
@@ -20,6 +22,25 @@ def stop_on_sigterm() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets what is inside come to its end before SIGINT and SIGTERM do what they do; in the main thread only."""
+    waiting: list[Callable[[], object]] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number, handler in before.items():
+        signal.signal(number, lambda *how, handler=handler: waiting.append(lambda: handler(*how)))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for raise_it in waiting:
+            raise_it()
 
 
 def exit_code(interrupt: BaseException) -> int:

@@ -10,14 +10,16 @@ import threading
 
 import pytest
 
-from stitchvm.interruption import Terminated, exit_code, stop_on_sigterm
+from stitchvm.interruption import Terminated, exit_code, stop_on_sigterm, uninterrupted
 
 
 @pytest.fixture
 def handler():
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def test_sigterm_is_raised_where_the_work_is(handler) -> None:
@@ -33,6 +35,38 @@ def test_other_threads_leave_it_alone(handler) -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_must_not_be_cut_in_two_comes_to_its_end(handler, number: int) -> None:
+    stop_on_sigterm()
+    kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    before, done = signal.getsignal(number), []
+    with pytest.raises(kind), uninterrupted():
+        with uninterrupted():
+            os.kill(os.getpid(), number)
+            done.append("inner")
+        done.append("outer")
+    assert done == ["inner", "outer"] and signal.getsignal(number) is before
+    with pytest.raises(ZeroDivisionError), uninterrupted():
+        _ = 1 / 0
+    assert signal.getsignal(number) is before
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with uninterrupted():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+def test_other_threads_hold_nothing_up() -> None:
+    found = []
+
+    def work() -> None:
+        with uninterrupted():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]
 
 
 def test_exit_codes_are_those_of_shells() -> None:

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stitchvm.interruption import uninterrupted
+
 __all__ = ["Policy", "full_tensor"]
 
 DEFAULT = "default"
@@ -112,8 +114,9 @@ class Policy(ABC):
 
     def _set(self, active: str | None) -> None:
         if active != self._active:
-            self._switch(active)
-            self._active = active
+            with uninterrupted():  # an interrupt leaves a checkpoint, not one of half a switch
+                self._switch(active)
+                self._active = active
 
     def _known(self, name: str) -> str:
         if name != DEFAULT and name not in self.copies:

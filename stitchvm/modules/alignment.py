@@ -61,6 +61,7 @@ from torch import Tensor, nn
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.adapters.policy import Policy
 from stitchvm.generator import Generator
+from stitchvm.interruption import uninterrupted
 from stitchvm.modules import alignment_checks as checks
 from stitchvm.modules.alignment_log import log_evaluation, report
 from stitchvm.modules.alignment_parts import AlignmentParts, prompts_of
@@ -155,14 +156,12 @@ class Alignment(LeanCheckpoint):
         self.policy_factory: Callable[..., Policy] = policy or PolicyAdapters
         self.group_size, self.micro_batch = group_size, micro_batch
         self.num_steps, self.grid, self.shift = num_steps, grid, shift
-        self.guidance_scale = guidance_scale
-        self.size = checks.pixel_size(height, width)
+        self.guidance_scale, self.size = guidance_scale, checks.pixel_size(height, width)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.clip, self.ema_limit = warmup_steps, clip, ema_limit
-        self.max_skipped = max_skipped
+        self.max_skipped, self.seed = max_skipped, seed
         self.gradient_checkpointing, self.prompts_ahead = gradient_checkpointing, prompts_ahead
         self.evaluation = evaluation or Evaluation()
-        self.seed = seed
         self.skipped = self.skipped_in_a_row = 0
         self.spent = Spent()
         self.parts: AlignmentParts | None = None
@@ -351,19 +350,20 @@ class Alignment(LeanCheckpoint):
         loss.copy_(average_gradients(weights, loss))
         norm = gradient_norm(weights)
         optimizer: Any = self.optimizers()
-        if bool(norm.isfinite() & loss.isfinite()):
-            if self.clip is not None:
-                clip_gradients(weights, norm, self.clip)
-            optimizer.step()
-            self.lr_schedulers().step()
-            self.skipped_in_a_row = 0
-            step = self.trainer.global_step
-            self.policy.update_ema(ema_decay(step, self.ema_limit))
-            self.after_step(step)
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-        optimizer.zero_grad(set_to_none=True)
+        finite = bool(norm.isfinite() & loss.isfinite())
+        with uninterrupted():  # a checkpoint that an interrupt leaves is of before or after it
+            if finite:
+                if self.clip is not None:
+                    clip_gradients(weights, norm, self.clip)
+                optimizer.step()
+                self.lr_schedulers().step()
+                self.skipped_in_a_row = 0
+                step = self.trainer.global_step
+                self.policy.update_ema(ema_decay(step, self.ema_limit))
+                self.after_step(step)
+            else:
+                self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            optimizer.zero_grad(set_to_none=True)
         return norm
 
     # -- what a user sees and keeps --------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -139,6 +141,40 @@ def test_contexts_run_the_copies_and_restore_every_bit(policy):
         assert policy.active == "default" and same(policy.weights(), moved)
         assert torch.equal(output(policy).detach(), trained)
     assert all(p.requires_grad for p in policy.trainable())
+
+
+@pytest.fixture
+def ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_cuts_no_switch_in_two(policy, monkeypatch, ctrl_c):
+    """On entering, and on leaving: the interrupt comes when all weights are switched, and nothing is lost."""
+    start, moved = policy.weights("old"), perturb(policy)
+    layers = "_layers" if isinstance(policy, PolicyAdapters) else "_local"
+
+    class Interrupting(list):
+        def __iter__(self):
+            for k, x in enumerate(super().__iter__()):
+                if k == 5 and policy.armed:
+                    policy.armed = False
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield x
+
+    found = getattr(policy, layers)
+    armed = Interrupting(found) if layers == "_layers" else lambda name: Interrupting(found(name))
+    monkeypatch.setattr(policy, layers, armed)
+    policy.armed = True
+    with pytest.raises(KeyboardInterrupt), policy.use("old"):
+        raise AssertionError("the interrupt came too late")
+    assert not policy.armed and policy.active == "default"
+    assert same(policy.weights(), moved) and same(policy.weights("old"), start)
+    with pytest.raises(KeyboardInterrupt), policy.use("old"):
+        policy.armed = True
+    assert not policy.armed and policy.active == "default"
+    assert same(policy.weights(), moved) and same(policy.weights("old"), start)
 
 
 def test_state_goes_round_and_names_what_is_wrong(policy):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
+from stitchvm.data.prompts import Prompts
 from stitchvm.modules.draft import DRaFT
+from stitchvm.modules.rows import Rows
+from stitchvm.rewards.clip import CLIPReward
 from tests.modules import alignment_runs as runs
 from tests.modules.alignment_fakes import Broken, draft
 from tests.modules.alignment_runs import load, save_every_step
@@ -43,6 +52,78 @@ def test_a_run_that_ends_between_two_checkpoints_leaves_its_last_step(tmp_path):
     runs.assert_same(
         load(tmp_path / "whole" / "step=5.ckpt"), load(tmp_path / "b" / "step=5.ckpt")
     )
+
+
+class Interrupted(DRaFT):
+    """Gets a Ctrl-C in its fourth update."""
+
+    where = "nowhere"
+
+    def losses(self, rows: Rows, stop: int) -> Tensor:
+        if self.where == "before the step" and rows.update == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().losses(rows, stop)
+
+    def after_step(self, step: int) -> None:
+        if self.where == "in the step" and step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.policy.update_ema(0.5)  # what an interrupt must not leave out
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        if self.where == "after the step" and self.trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("where", ["before the step", "in the step", "after the step"])
+def test_a_run_that_ctrl_c_ends_goes_on_bit_for_bit(where, tmp_path, ctrl_c):
+    """As the configurations say, it saves where it was."""
+    module = draft(cls=Interrupted, warmup_steps=5)
+    module.where = where
+    kept = ModelCheckpoint(tmp_path / "a", save_last=True, save_on_exception=True)
+    with pytest.raises(SystemExit):
+        runs.fit(module, tmp_path, max_steps=6, enable_checkpointing=True, callbacks=[kept])
+    last = tmp_path / "a" / "last.ckpt"
+    assert load(last)["global_step"] == (3 if where == "before the step" else 4)
+    for name, more in (("resumed", {"ckpt_path": last}), ("whole", {})):
+        module = draft(cls=Interrupted, warmup_steps=5)
+        runs.fit(module, tmp_path, max_steps=6, **more, **save_every_step(tmp_path / name))
+    files = [load(tmp_path / name / "step=6.ckpt") for name in ("whole", "resumed")]
+    runs.assert_same(*files)
+    assert files[0]["Prompts"] == files[1]["Prompts"]
+
+
+def test_texts_are_encoded_whatever_their_neighbours(tiny_sd3, tmp_path):
+    """In a batch they would be rounded with each other, and a run that goes on encodes others together."""
+    prompts = [
+        f"a {colour} {shape} on a {tone} background"
+        for colour in ("red", "green")
+        for shape in ("circle", "square")
+        for tone in ("dark", "light")
+    ]
+    module = DRaFT(
+        generator=runs.generator(tiny_sd3),
+        reward=partial(CLIPReward, "world:clip"),
+        policy=runs.policy(),
+        num_steps=2,
+        micro_batch=None,
+        prompts_ahead=1,
+    )
+    data = Prompts(prompts=prompts, prompts_per_update=8)
+    runs.fit(module, tmp_path, max_steps=1, data=data)
+    reward: Any = module._built.value.reward
+    generator, other = runs.generator(tiny_sd3)(), CLIPReward("world:clip")
+    for prompt in prompts:
+        assert torch.equal(reward.encode_text([prompt]), other.encode_text([prompt]))
+        kept, alone = (g.encode_prompts([prompt]) for g in (module.generator, generator))
+        assert torch.equal(kept.tokens, alone.tokens) and torch.equal(kept.pooled, alone.pooled)
 
 
 @pytest.fixture
