@@ -237,17 +237,29 @@ class Policy(ABC):
 
     # State.
 
-    def weights(self, name: str = DEFAULT) -> dict[str, Tensor]:
-        """Returns one set of weights, whole, detached and copied; every rank must call it under FSDP2."""
-        self._verify_default()
-        return {key: full_tensor(p.detach()).clone() for key, p in self.parameters(name).items()}
+    def weights(self, name: str = DEFAULT, keep: bool = True) -> dict[str, Tensor]:
+        """Returns one set of weights, whole, detached and copied; every rank must call it under FSDP2.
 
-    def state(self) -> dict[str, Tensor]:
+        They are gathered one by one into CPU memory: whole sets beside the shards would not fit on a GPU.
+
+        Arguments:
+            name: "default" or a copy.
+            keep: Whether this rank wants them; if not, it helps to gather them and gets {}.
+        """
+        self._verify_default()
+        found = {}
+        for key, p in self.parameters(name).items():
+            whole = full_tensor(p.detach())
+            if keep:
+                found[key] = whole.to("cpu", copy=True)
+        return found
+
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
         """Returns the policy and all copies by "name.key", as `weights` does."""
         return {
             f"{name}.{key}": value
             for name in (DEFAULT, *self.copies)
-            for key, value in self.weights(name).items()
+            for key, value in self.weights(name, keep).items()
         }
 
     @torch.no_grad()

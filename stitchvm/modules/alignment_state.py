@@ -23,7 +23,7 @@ def save_alignment(module: Alignment, checkpoint: dict[str, Any]) -> None:
         "skipped_in_a_row": module.skipped_in_a_row,
     }
     checkpoint["spent"] = dict(module.spent.totals)
-    checkpoint["policy"] = module.policy.state()
+    checkpoint["policy"] = module.policy.state(keep=_writes(module))
     checkpoint["method_state"] = module.method_state()
 
 
@@ -76,9 +76,9 @@ def export_policy(module: Alignment, folder: str | Path, name: str, overwrite: b
     from stitchvm.adapters.export import export_lora
     from stitchvm.adapters.export_full import export_transformer
 
-    policy = module.policy
-    weights = policy.weights(name)
-    if module._trainer is None or module.trainer.is_global_zero:
+    policy, writes = module.policy, _writes(module)
+    weights = policy.weights(name, keep=writes)
+    if writes:
         write: Any = export_lora if isinstance(policy, PolicyAdapters) else export_transformer
         base_model = module.generator.id
         write(
@@ -93,6 +93,11 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
     if isinstance(policy, PolicyAdapters):
         found |= {"r": policy.r, "alpha": float(policy.alpha), "layers": list(policy.modules)}
     return found
+
+
+def _writes(module: Alignment) -> bool:
+    """Whether this rank writes files."""
+    return module._trainer is None or module.trainer.is_global_zero
 
 
 def _short(value: Any) -> str:

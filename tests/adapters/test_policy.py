@@ -188,6 +188,8 @@ def test_state_goes_round_and_names_what_is_wrong(policy):
     other.load_state(state)
     assert same(other.state(), state) and torch.equal(output(other), output(policy))
     assert all(x is y for x, y in zip(holders, other.parameters("ema").values(), strict=True))
+    # a rank that writes nothing keeps nothing
+    assert policy.state(keep=False) == {} == policy.weights("ema", keep=False)
     # a state is no alias of the weights
     perturb(other, seed=5)
     assert same(policy.state(), state)

@@ -88,6 +88,7 @@ def sharded(rank: int, folder: str) -> None:
         found = exercise(policy)
         assert all(hasattr(p, "device_mesh") for p in policy.trainable())
         assert {p.dtype for p in policy.trainable()} == {torch.float32}
+        assert bool(policy.state(keep=rank == 0)) == (rank == 0)  # both gather, one keeps
         if rank == 0:
             torch.save(found, f"{folder}/{kind}.pt")
     policy = prepared("lora")

@@ -81,6 +81,7 @@ def alignment(
     alignment_runs.fit(made, root, data=data, **options)
     assert made.sigmas.device.type == "cpu"  # they are read number by number
     assert any((root / ("full" if full else "lora")).iterdir())
+    assert {x.device.type for x in made.policy.state().values()} == {"cpu"}  # as checkpoints are
     return weights(made.policy.parameters())
 
 
