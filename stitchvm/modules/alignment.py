@@ -372,7 +372,7 @@ class Alignment(LeanCheckpoint):
         """Samples held-out prompts with the averaged policy and scores them."""
         # weights and conditions must not become inference tensors, whatever the Trainer's mode
         with torch.inference_mode(False), torch.no_grad(), self.policy.use("ema"):
-            self._built.held_out.add(batch)
+            self._built.held_out.add(batch, first=batch_idx == 0)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all prompts, and draws the first of them."""

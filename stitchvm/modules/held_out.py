@@ -74,8 +74,15 @@ class HeldOut:
         self._scores: dict[int, dict[str, float]] = {}
         self._images: dict[int, Tensor] = {}
 
-    def add(self, batch: dict[str, Any]) -> None:
-        """Samples and scores a batch of prompts, with whatever policy is active."""
+    def add(self, batch: dict[str, Any], first: bool = False) -> None:
+        """Samples and scores a batch of prompts, with whatever policy is active.
+
+        Arguments:
+            batch: The batch, with `index` and `prompt`.
+            first: Whether it begins an evaluation: one that was interrupted is forgotten.
+        """
+        if first:
+            self._scores, self._images = {}, {}
         index, prompts = batch["index"].tolist(), list(batch["prompt"])
         streams = [sample_stream(self.seed, i) for i in index]
         samples = self.sampler(

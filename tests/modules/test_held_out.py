@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -75,6 +77,29 @@ def test_a_checkpoint_is_validated_with_its_own_average(tmp_path):
     wanted = held_out.finish()[0]
     assert found["val/fake"] == pytest.approx(wanted["fake"], rel=1e-6)
     assert all(name.startswith("val/") for name in found)  # no step, no cost
+
+
+def test_an_interrupted_evaluation_leaves_nothing_in_the_next(tmp_path, monkeypatch):
+    """In a notebook, say: the same module on other prompts, fewer than those of before."""
+    module = evaluated()
+
+    def found(prompts: list[str]) -> float:
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        return trainer.validate(module, Prompts(prompts=prompts, batch_size=2))[0]["val/fake"]
+
+    wanted = found(runs.PROMPTS[:2])
+    held_out, add = module._built.held_out, type(module._built.held_out).add
+
+    def fails(self: Any, batch: dict[str, Any], **kwargs: Any) -> None:
+        if 4 in batch["index"]:
+            raise RuntimeError("no more memory")
+        add(self, batch, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no more memory"):
+        patch.setattr(type(held_out), "add", fails)
+        found(runs.PROMPTS)
+    assert len(held_out._scores) == 4
+    assert found(runs.PROMPTS[:2]) == wanted
 
 
 def test_early_stopping_on_a_held_out_reward(tmp_path):
