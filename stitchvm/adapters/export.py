@@ -23,6 +23,7 @@ __all__ = ["export_lora", "lora_card", "merged_transformer", "pipeline_of", "pla
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 CARD = "README.md"
+CALL = "guidance_scale=1.0"
 _PIPELINES = {
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
@@ -38,6 +39,7 @@ def export_lora(
     weights: dict[str, Tensor] | None = None,
     fold_scale: bool = False,
     card: str | None = None,
+    call: str = CALL,
     overwrite: bool = False,
 ) -> Path:
     """Writes the weights for pipelines, a peft folder `peft/` and a model card; returns the folder.
@@ -50,6 +52,7 @@ def export_lora(
         weights: What `policy.weights(name)` returned, if it is sharded: all ranks gather, one writes.
         fold_scale: Whether α/r is multiplied into B and α = r is written.
         card: The text of the model card; a plain one if None.
+        call: What the plain card's example gives the pipeline beside the prompt.
         overwrite: Whether an existing export may be replaced.
 
     Raises:
@@ -88,7 +91,7 @@ def export_lora(
         peft / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    text = lora_card(policy, base_model, pipeline, name) if card is None else card
+    text = lora_card(policy, base_model, pipeline, name, call=call) if card is None else card
     (folder / CARD).write_text(text)
     return folder
 
@@ -127,6 +130,7 @@ def lora_card(
     name: str = DEFAULT,
     method: str = "",
     table: str = "",
+    call: str = CALL,
 ) -> str:
     """Returns the text of a model card (Markdown with hub metadata) for LoRA weights.
 
@@ -137,6 +141,7 @@ def lora_card(
         name: Which adapter was exported.
         method: How it was trained, in a sentence, or "".
         table: A Markdown table of measured values, or "".
+        call: What the example gives the pipeline beside the prompt: that which was trained with.
     """
     hub = "" if base_model.startswith((".", "/", "world:")) else f"base_model: {base_model}\n"
     measured = f"\n## Measured\n\n{table}\n" if table else ""
@@ -157,7 +162,7 @@ from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained("{base_model}")
 pipeline.load_lora_weights("path/or/hub-id")
-image = pipeline("a prompt", guidance_scale=1.0).images[0]
+image = pipeline("a prompt", {call}).images[0]
 ```
 
 `peft/` holds the same weights for `peft.PeftModel.from_pretrained(pipeline.transformer, "path/peft")`.

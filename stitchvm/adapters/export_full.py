@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stitchvm._version import __version__
-from stitchvm.adapters.export import CARD, pipeline_of, plain_class
+from stitchvm.adapters.export import CALL, CARD, pipeline_of, plain_class
 from stitchvm.adapters.full import PolicyWeights
 from stitchvm.adapters.policy import DEFAULT
 
@@ -25,6 +25,7 @@ def export_transformer(
     base_model: str,
     name: str = DEFAULT,
     weights: dict[str, Tensor] | None = None,
+    call: str = CALL,
     overwrite: bool = False,
 ) -> Path:
     """Writes a set of weights as `transformer/`, and a model card; returns the folder.
@@ -35,6 +36,7 @@ def export_transformer(
         base_model: The pipeline that was trained, a folder or hub id: named in the card.
         name: Which weights: "default" or a copy, such as "ema".
         weights: What `policy.weights(name)` returned, if it is sharded: all ranks gather, one writes.
+        call: What the card's example gives the pipeline beside the prompt.
         overwrite: Whether an existing export may be replaced.
 
     Raises:
@@ -55,12 +57,14 @@ def export_transformer(
     state |= policy.weights(name) if weights is None else weights
     plain.load_state_dict({k: v.cpu() for k, v in state.items()}, strict=True, assign=True)
     plain.save_pretrained(target)
-    (folder / CARD).write_text(transformer_card(base_model, pipeline, kind.__name__, name))
+    (folder / CARD).write_text(transformer_card(base_model, pipeline, kind.__name__, name, call))
     return folder
 
 
-def transformer_card(base_model: str, pipeline: str, kind: str, name: str = DEFAULT) -> str:
-    """Returns the text of a model card (Markdown with hub metadata) for fine-tuned weights."""
+def transformer_card(
+    base_model: str, pipeline: str, kind: str, name: str = DEFAULT, call: str = CALL
+) -> str:
+    """Returns the text of a model card (Markdown with hub metadata) for fine-tuned weights, see `lora_card`."""
     hub = "" if base_model.startswith((".", "/", "world:")) else f"base_model: {base_model}\n"
     return f"""---
 library_name: diffusers
@@ -76,6 +80,6 @@ from diffusers import {pipeline}, {kind}
 
 transformer = {kind}.from_pretrained("path/or/hub-id", subfolder="transformer")
 pipeline = {pipeline}.from_pretrained("{base_model}", transformer=transformer)
-image = pipeline("a prompt", guidance_scale=1.0).images[0]
+image = pipeline("a prompt", {call}).images[0]
 ```
 """

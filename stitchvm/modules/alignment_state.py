@@ -80,10 +80,11 @@ def export_policy(module: Alignment, folder: str | Path, name: str, overwrite: b
     weights = policy.weights(name, keep=writes)
     if writes:
         write: Any = export_lora if isinstance(policy, PolicyAdapters) else export_transformer
-        base_model = module.generator.id
-        write(
-            policy, folder, base_model=base_model, name=name, weights=weights, overwrite=overwrite
-        )
+        call = f"guidance_scale={float(module.guidance_scale)}"
+        if module.size is not None:
+            call += ", height={}, width={}".format(*module.size)
+        how: Any = {"weights": weights, "call": call, "overwrite": overwrite}
+        write(policy, folder, base_model=module.generator.id, name=name, **how)
     return Path(folder)
 
 

@@ -181,6 +181,7 @@ def test_card_and_overwriting(run: dict[str, Any], tmp_path: Path) -> None:
     assert (
         f"{CLASSES[run['family']].__name__}.from_pretrained" in card and "base_model:" not in card
     )
+    assert 'pipeline("a prompt", guidance_scale=1.0)' in card
     text = lora_card(run["policy"], "org/model", "FluxPipeline", method="DRaFT-1.", table="| a |")
     assert (
         "base_model: org/model\n" in text and "DRaFT-1." in text and "## Measured\n\n| a |" in text
