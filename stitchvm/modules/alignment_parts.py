@@ -6,13 +6,14 @@ them, and every checkpoint would have to leave them out again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from stitchvm.adapters.full import PolicyWeights
@@ -162,7 +163,8 @@ class AlignmentParts:
             scored = value_and_terms(bound, z, levels(tau, z))
             found = replace(scored, value=scored.value.to(working_dtype(scored.value)))
         except NotFiniteError as error:
-            rank_zero_warn(f"update {rows.update}: {error}")
+            # by whichever rank it is: the first may know nothing of it
+            warnings.warn(f"update {rows.update}: {error}", stacklevel=2)
         if self.sharded and not all_agree(found is not None, z.device):
             found = None
         return found or Scored(z.float().flatten(1).sum(1) * torch.nan)

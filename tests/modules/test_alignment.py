@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from stitchvm.data.prompts import Prompts
 from stitchvm.modules.draft import DRaFT
@@ -93,6 +94,15 @@ class Frozen(DRaFT):
     def micro_steps(self, rows: Rows, rolled: None) -> Any:
         for loss in super().micro_steps(rows, rolled):
             yield loss * (torch.inf if rows.update == 1 else 1)
+
+
+def test_whichever_rank_meets_a_reward_that_is_not_finite_says_so(monkeypatch):
+    module = draft(Broken("error", 0))
+    module.configure_model()
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    some = Rows.of({"index": torch.tensor([0]), "prompt": [""]}, 2, 0, 7, CPU)
+    with pytest.warns(match="update 7: the reward is not finite"):
+        assert module.score(some, module.noise(some), 0.0).isnan().all()
 
 
 def test_too_many_skipped_updates_end_the_run(tmp_path):
