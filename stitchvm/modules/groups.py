@@ -204,11 +204,12 @@ def check_borrowed(value: Value, policy: Policy) -> None:
 
 
 def log_histogram(module: Alignment, name: str, x: Tensor) -> None:
-    """Draws a histogram into TensorBoard, as often as the Trainer logs."""
+    """Draws a histogram into TensorBoard, as often as the Trainer logs, at the optimiser steps made before it."""
     if module._trainer is None or not module.trainer.is_global_zero:
         return
     every = module.trainer.log_every_n_steps
-    step = module.trainer.fit_loop.total_batch_idx
-    for logger in module.trainer.loggers if every and (step + 1) % every == 0 else ():
+    update = module.trainer.fit_loop.total_batch_idx
+    for logger in module.trainer.loggers if every and (update + 1) % every == 0 else ():
         if isinstance(logger, TensorBoardLogger):
+            step = module.trainer.global_step
             logger.experiment.add_histogram(f"train/{name}", x.float().cpu(), step)

@@ -115,6 +115,15 @@ def test_what_is_logged(tmp_path):
     assert events.Scalars("train/distance_old")[-1].value == pytest.approx(float(distance))
 
 
+def test_a_histogram_is_at_the_optimisers_step_as_everything_else_is(tmp_path):
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    module = made(inner_steps=2)
+    runs.fit(module, tmp_path, max_steps=6, max_epochs=-1, logger=logger, log_every_n_steps=1)
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/r")] == [2, 4, 6]
+    assert [h.step for h in events.Histograms("train/r")] == [0, 2, 4]  # drawn before the steps
+
+
 def test_a_reward_that_is_not_finite_skips_the_update(tmp_path):
     """Weights, copies and counters stay; the next update goes on."""
 
