@@ -5,7 +5,7 @@ Weights that FSDP2 has sharded are the exception: it averages their gradients in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,15 @@ from stitchvm.modules.ranks import world_size
 
 __all__ = ["average_gradients", "clip_gradients", "gradient_norm", "warm_up"]
 
+AT_ONCE = 2**27  # half a gigabyte; all of LoRA's are less
+
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
     """Replaces gradients by their means over ranks, and returns the mean loss, all in one exchange.
 
-    What is not finite on one rank is not finite on any afterwards.
+    Those of more than `AT_ONCE` numbers take several, so that no second copy of them all need lie beside them. What is
+    not finite on one rank is not finite on any afterwards.
 
     Arguments:
         parameters: The trained weights; one without a gradient gets zeros.
@@ -33,14 +36,15 @@ def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tenso
             p.grad = torch.zeros_like(p)
     if world_size() == 1:
         return loss
+    mean = loss.detach().clone().float()
     own = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    flat = torch.cat([loss.reshape(1).float(), *(g.flatten().float() for g in own)])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    mean, *parts = flat.split([1, *(g.numel() for g in own)])
-    for gradient, part in zip(own, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-    return mean.reshape(())
+    for part in _portions([mean, *own]):
+        flat = torch.cat([x.flatten().float() for x in part])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for x, found in zip(part, flat.split([x.numel() for x in part]), strict=True):
+            x.copy_(found.view_as(x))
+    return mean
 
 
 @torch.no_grad()
@@ -61,3 +65,16 @@ def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sche
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / max(1, steps))
     )
+
+
+def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields tensors in turn, as many together as have at most `AT_ONCE` numbers, or one."""
+    portion: list[Tensor] = []
+    numbers = 0
+    for tensor in tensors:
+        numbers += tensor.numel()
+        if portion and numbers > AT_ONCE:
+            yield portion
+            portion, numbers = [], tensor.numel()
+        portion.append(tensor)
+    yield portion

@@ -11,13 +11,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from stitchvm.modules import ranks
+from stitchvm.modules import gradients, ranks
 from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
 
 
-def weights(*gradients: list[float] | None) -> list[nn.Parameter]:
+def weights(*each: list[float] | None) -> list[nn.Parameter]:
     found = []
-    for gradient in gradients:
+    for gradient in each:
         p = nn.Parameter(torch.zeros(2 if gradient is None else len(gradient)))
         p.grad = None if gradient is None else torch.tensor(gradient)
         found.append(p)
@@ -55,6 +55,25 @@ def test_one_process_is_left_as_it_is():
     assert ranks.gather(x) is x and ranks.all_agree(False, x.device) is False
     assert ranks.all_mean({"a": torch.tensor(0.5)}) == {"a": 0.5} and ranks.all_mean({}) == {}
     assert ranks.gather_objects("x") == ["x"] and ranks.world_size() == 1
+
+
+def test_gradients_of_full_fine_tuning_go_in_portions(monkeypatch: pytest.MonkeyPatch):
+    """No more than so many numbers are copied at once; small ones share an exchange, the loss with the first."""
+    sent = []
+
+    def add_the_other_rank(flat: torch.Tensor) -> None:
+        sent.append(len(flat))
+        flat += 1.0
+
+    monkeypatch.setattr(gradients, "AT_ONCE", 4)
+    monkeypatch.setattr(gradients, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", add_the_other_rank)
+    found, loss = weights([3.0, 5.0], [7.0], [1.0] * 6, [9.0], None, [11.0]), torch.tensor(2.0)
+    assert average_gradients(found, loss).item() == 1.5 and loss.item() == 2.0
+    assert [p.grad.tolist() for p in found] == [
+        [2.0, 3.0], [4.0], [1.0] * 6, [5.0], [0.5, 0.5], [6.0],
+    ]  # fmt: skip
+    assert sent == [4, 6, 4]
 
 
 def rank(number: int, folder: str) -> None:
