@@ -9,6 +9,7 @@ read. Addresses such as s3:// go Lightning's way.
 
 from __future__ import annotations
 
+import glob
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ class LeanCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Writes `checkpoint` at `path`; until it is whole, `path` is what it was before.
 
+        What a killed process has left half written of the same file is removed.
+
         Raises:
             OSError: If it cannot be written, such as to a full disk.
         """
@@ -38,6 +41,8 @@ class LeanCheckpointIO(TorchCheckpointIO):
             return
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
+        for half in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
+            half.unlink(missing_ok=True)
         with written(file) as part:
             torch.save(checkpoint, part)
 

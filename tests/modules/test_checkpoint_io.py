@@ -98,6 +98,14 @@ def test_a_save_that_fails_leaves_the_file_before_it(
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    names = (".a[1].ckpt.123.part", ".other.ckpt.123.part", "a[1].ckpt.123.part")
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    LeanCheckpointIO().save_checkpoint(checkpoint(1), tmp_path / "a[1].ckpt")
+    assert {p.name for p in tmp_path.iterdir()} == {"a[1].ckpt", *names[1:]}
+
+
 def test_other_file_systems_go_lightning_s_way() -> None:
     io, path = LeanCheckpointIO(), "memory://run/last.ckpt"
     io.save_checkpoint(checkpoint(4), path)
