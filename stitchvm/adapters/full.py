@@ -40,7 +40,7 @@ class PolicyWeights(Policy):
         if dtypes != {torch.float32}:
             raise ValueError(
                 f"full fine-tuning of weights in {sorted(map(str, dtypes))}: expected float32 (the small updates are "
-                "lost otherwise). Load the generator with dtype float32 and let mixed precision cast, or train LoRA."
+                "lost otherwise). Load the generator with dtype float32, in which it then runs, too, or train LoRA."
             )
         super().__init__(transformer, copies)
         transformer.requires_grad_(True)

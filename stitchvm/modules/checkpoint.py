@@ -3,7 +3,8 @@
 A module mixes in `LeanCheckpoint` and names the prefixes of its frozen, pretrained parts. Their keys are dropped
 when a checkpoint is written; when one is read, every other key must be there.
 
-A run that ends between two steps at which its ModelCheckpoint saves leaves its last step in last.ckpt all the same.
+A run that ends by `max_steps`, between two steps at which its ModelCheckpoint saves, leaves its last step in last.ckpt
+all the same.
 """
 
 from __future__ import annotations
