@@ -106,6 +106,8 @@ class ValueEvaluation(LightningModule):
         for name, what in (("truth", "Monte Carlo truth"), ("noise", "what makes z_t")):
             if name in estimators:  # its roll-outs would have the same random numbers
                 raise ValueError(f'"{name}" names {what}: give the estimator another name.')
+        if truth_images < 0:
+            raise ValueError(f"truth_images = {truth_images}: expected at least 0.")
         if truth_images and (truth_rollouts < 2 or truth_rollouts % 2):
             raise ValueError(
                 f"truth_rollouts = {truth_rollouts}: expected an even number, at least 2."

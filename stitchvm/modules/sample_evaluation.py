@@ -9,7 +9,7 @@ measured alike, whatever made the images.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ class SampleEvaluation(LightningModule):
                 "there is nothing to measure: give rewards (name: a file of configs/rewards/), the checker or a "
                 "GenEval detector."
             )
+        if colours is not None and detector is None:
+            raise ValueError(
+                "colours name those of the objects that a detector finds for GenEval: give a detector, or leave "
+                "colours out."
+            )
         self.factories = dict(rewards or {})
         if taken := {"checker", "geneval"} & set(self.factories):
             raise ValueError(
@@ -105,7 +110,14 @@ class SampleEvaluation(LightningModule):
             self.judges = nn.ModuleList([part for part in parts if isinstance(part, nn.Module)])
 
     def on_test_start(self) -> None:
-        """Prepares the metrics."""
+        """Prepares the metrics.
+
+        Raises:
+            ValueError: If GenEval could not judge one of the prompts.
+        """
+        dataset = getattr(getattr(self.trainer, "datamodule", None), "dataset", None)
+        if self.geneval is not None:
+            self._check_metadata([sample.metadata for sample in getattr(dataset, "samples", ())])
         names = [*self.factories, *(f"checker/{name}" for name in CHECKS if self.checker)]
         self.means = {name: ItemMean().to(self.device) for name in names}
         self.score = GenEvalScore().to(self.device)
@@ -186,6 +198,11 @@ class SampleEvaluation(LightningModule):
     def _check(self, pixels: Tensor, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         from stitchvm.world.checker import check_batch
 
+        if batch.get("prompt") is None:
+            raise ValueError(
+                "the checker compares images with the world's captions, but the samples have none: use a folder with "
+                "samples.jsonl, or give the file of prompts."
+            )
         verdicts = check_batch(pixels.float().cpu().numpy(), batch["prompt"])
         for name in CHECKS:
             each = [{"whole": float(v.whole), **v.attributes}[name] for v in verdicts]
@@ -194,16 +211,26 @@ class SampleEvaluation(LightningModule):
 
     def _geneval(self, pixels: Tensor, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         assert self.geneval is not None
-        metadata = batch.get("metadata")
-        if not metadata or not all(metadata):
-            raise ValueError(
-                "GenEval judges by each prompt's metadata, but the samples have none: sample the prompts of "
-                "GenEval's evaluation_metadata.jsonl, which `stitchvm predict` keeps in samples.jsonl."
-            )
+        metadata = batch.get("metadata") or [None]
+        self._check_metadata(metadata)
         verdicts = self.geneval.evaluate(pixels, metadata)
         self.score.update(verdicts, metadata, batch["index"])
         for row, verdict in zip(rows, verdicts, strict=True):
             row |= {"correct": verdict.correct, "reason": verdict.reason}
+
+    def _check_metadata(self, metadata: Sequence[Any]) -> None:
+        """Raises ValueError if a prompt has no metadata, or names a colour and nothing here knows colours."""
+        if not all(metadata):
+            raise ValueError(
+                "GenEval judges by each prompt's metadata, but the samples have none: sample the prompts of "
+                "GenEval's evaluation_metadata.jsonl, which `stitchvm predict` keeps in samples.jsonl."
+            )
+        named = [e["prompt"] for e in metadata if any("color" in c for c in e["include"])]
+        if named and self.colours is None:
+            raise ValueError(
+                f"{len(named)} prompts name colours, such as {named[0]!r}, but there is no classifier of colours: give "
+                "model.colours (stitchvm.metrics.geneval_colours.CLIPColours)."
+            )
 
     def _record(self, name: str, metric: ItemMean, method: str) -> dict[str, Any]:
         estimate = metric.compute()

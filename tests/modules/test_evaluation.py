@@ -103,6 +103,7 @@ def test_bad_input_ends_with_a_message(tmp_path: Path) -> None:
         ({"estimators": {"noise": NoisyFactory()}}, "names what makes z_t"),
         ({"estimators": {}, "clean": False}, "nothing to measure"),
         ({"truth_images": 3}, "give a generator"),
+        ({"truth_images": -3}, "truth_images = -3: expected at least 0"),
         ({"truth_images": 3, "truth_rollouts": 5}, "even number"),
     ):
         with pytest.raises(ValueError, match=message):

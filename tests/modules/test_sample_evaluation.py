@@ -147,17 +147,43 @@ def test_geneval_over_a_detector(tmp_path: Path) -> None:
     assert [json.loads(row)["correct"] for row in rows] == [True, True, False]
 
 
+def test_a_colour_that_nobody_can_name_is_said_before_the_first_image(tmp_path: Path) -> None:
+    include = [[{"class": "dog", "count": 1}], [{"class": "dog", "count": 1, "color": "red"}]]
+    entries = [
+        {"tag": tag, "include": clauses, "prompt": f"a {tag}"}
+        for tag, clauses in zip(("single_object", "colors"), include, strict=True)
+    ]
+    lines = [{"prompt": entry["prompt"], "metadata": entry} for entry in entries]
+    folder = write(tmp_path / "samples", np.zeros((2, 3, 8, 8), np.float32), lines)
+    asked: list[int] = []
+
+    class Asked(OneDog):
+        def detect(self, pixels: torch.Tensor, threshold: float) -> list[list[Detection]]:
+            asked.append(len(pixels))
+            return super().detect(pixels, threshold)
+
+    with pytest.raises(
+        ValueError, match=r"1 prompts name colours, such as 'a colors'.* model\.colours"
+    ):
+        run(SampleEvaluation(detector=Asked), folder, tmp_path / "run", batch_size=1)
+    assert not asked
+
+
 def test_errors(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to measure"):
         SampleEvaluation()
     with pytest.raises(ValueError, match="call the rewards otherwise"):
         SampleEvaluation({"geneval": lambda: CLIPReward("world:clip")})
+    with pytest.raises(ValueError, match="give a detector, or leave colours out"):
+        SampleEvaluation(checker=True, colours=OneDog)
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "a.png").write_bytes((scenes / "images" / "000000_s0.png").read_bytes())
     clip = {"clip": lambda: CLIPReward("world:clip")}
     with pytest.raises(ValueError, match=r"prompt"):
         run(SampleEvaluation(clip), bare, tmp_path / "run0")
+    with pytest.raises(ValueError, match="the checker compares images with the world's captions"):
+        run(SampleEvaluation(checker=True), bare, tmp_path / "run0")
     with pytest.raises(ValueError, match="GenEval judges by each prompt's metadata"):
         run(SampleEvaluation(detector=OneDog), scenes, tmp_path / "run1")
     found = run(SampleEvaluation(checker=True), scenes, tmp_path / "run2")
