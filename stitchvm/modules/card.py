@@ -35,11 +35,13 @@ def measured_card(
         ValueError: If no record is of that estimator.
     """
     shown = [r for r in records if r["estimator"] in (estimator, "clean")]
-    n = max((r["n"] for r in shown if r["estimator"] == estimator), default=0)
+    # of retrieval captions count, too, and benchmarks differ in size
+    sizes = sorted({r["n"] for r in shown if r["estimator"] == estimator}) or [0]
+    n = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
     table = records_to_markdown(
         shown, stderr=True
     )  # with a column of benchmarks if there are several
-    part = f"### {data}\n\n{n} samples; ± is one standard error over them.\n\n{table}\n"
+    part = f"### {data}\n\n{n} samples a number; ± is one standard error over them.\n\n{table}\n"
     head, title, rest = card.partition(f"{TITLE}\n")
     parts = re.split(r"(?m)^(?=### )", rest) if title else []
     lead = parts.pop(0).strip() if parts and not parts[0].startswith("### ") else ""

@@ -60,6 +60,10 @@ def test_several_benchmarks_of_one_data_set_have_rows_of_their_own() -> None:
     rows = [line for line in card.splitlines() if "stitched" in line and "|" in line]
     assert ["coco" in row for row in rows] == [True, False] and "flickr30k" in rows[1]
     assert "0.900" in rows[0] and "0.600" in rows[1]
+    assert "\n40 samples a number" in card
+    both[1]["n"] = 25  # images of one, captions of the other
+    card = measured_card(model_card(CONFIG), "Retrieval", "stitched", both)
+    assert "\n25 to 40 samples a number" in card
 
 
 def test_only_local_folders_with_a_card_are_written_to(folder: Path) -> None:
