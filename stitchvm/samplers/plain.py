@@ -8,7 +8,9 @@ from stitchvm.samplers.base import Record, Run, Sampler
 
 
 class PlainSampler(Sampler):
-    """Euler's method on Eq. (26): the pipelines' own samples, latent for latent, for ν = 0.
+    """Euler's method on Eq. (26): the pipelines' own samples, latent for latent, for ν = 0 in float32.
+
+    Latents stay float32 where networks are bfloat16; pipelines round them to that after every step.
 
     Arguments:
         nu: The noise; none by default.

@@ -3,7 +3,7 @@ r"""One step of the sampling SDE, Eq. (26), over explicit levels:
     z_s = z_t + [u − (ν_t²/2)·∇ log p_t(z_t)]·(s − t) + ν_t·sqrt(t − s)·ξ,   s < t,   ξ ~ N(0, I)
 
 Any ν keeps the marginals p_t as the steps become small; ν = 0 is Euler's method on the ODE, and equals diffusers'
-`FlowMatchEulerDiscreteScheduler.step`. Choices of ν_t, each times `scale`:
+`FlowMatchEulerDiscreteScheduler.step` in float32. Choices of ν_t, each times `scale`:
 
 | name         | ν_t                 |                                                                           |
 |--------------|---------------------|---------------------------------------------------------------------------|
