@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from stitchvm.preflight.findings import Finding
-from stitchvm.preflight.pipelines import latent_space, read_json, transformer_config
+from stitchvm.preflight.pipelines import (
+    CLASSES,
+    check_pipeline,
+    latent_space,
+    read_json,
+    transformer_config,
+)
 from stitchvm.preflight.places import find
-from stitchvm.preflight.rewards import clip_vision
+from stitchvm.preflight.rewards import CHECKS, clip_vision
 from stitchvm.preflight.tensors import AGAIN, BrokenFile, Shapes, read_header
 
 __all__ = ["check_value_model"]
@@ -22,7 +28,7 @@ IDENTITY = ("model", "checkpoint", "version", "head")
 def check_value_model(
     part: str, path: str, generator: str | None = None, reward: dict[str, Any] | None = None
 ) -> Iterator[Finding]:
-    """Yields what is found of a value model.
+    """Yields what is found of a value model, and of the backbone and the reward that it brings along.
 
     Arguments:
         part: Where the configuration names it.
@@ -63,6 +69,11 @@ def check_value_model(
         yield Finding(part, place.name, "wrong", problem, AFRESH)
         return
     yield Finding(part, place.name, "ok", f"stitched after block {i}")
+    kinds = [s["class_path"].rpartition(".")[2] for s in (spec, made)]
+    if kinds[0] in CLASSES and spec["init_args"].get("path") != generator:
+        yield from check_pipeline(part, kinds[0], spec["init_args"])
+    if kinds[1] in CHECKS and reward is None:
+        yield from CHECKS[kinds[1]](part, made["init_args"])
 
 
 def _other_blocks(spec: dict[str, Any], shapes: Shapes) -> str:

@@ -40,6 +40,21 @@ def test_one_that_fits(hub, value_model):
     assert of(value_model(), generator=LARGE).state == "ok", "the same latents (Table 6)"
 
 
+def test_what_it_brings_along_is_looked_at(hub, copy, value_model):
+    """Blocks of another repository than the generator's, and a reward that the run does not name."""
+    medium = copy(MEDIUM)
+    value = value_model(backbone=part("SD3Backbone", path=medium))
+    config = run(value=value, reward=CLIP, generator=part("Generator", path=LARGE))
+    assert {f.state for f in check(config)} == {"ok"}
+    assert f"{medium}/transformer" in {f.what for f in check(config)}
+    (medium / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (missing,) = (f for f in check(config) if f.state != "ok")
+    assert missing.state == "missing" and missing.what.startswith(f"{medium}/transformer")
+    absent = part("CLIPReward", model="ViT-L-14-336-quickgelu", checkpoint="org/nothing/clip.pt")
+    found = check(run(value=value_model(reward=absent), generator=part("Generator", path=MEDIUM)))
+    assert [f.what for f in found if f.state != "ok"] == ["org/nothing/clip.pt"]
+
+
 def test_one_that_is_not_there_yet(hub):
     value = part("StitchedFactory", path="runs/distill_sd35m_hpsv2/value_model")
     finding = of(value)
