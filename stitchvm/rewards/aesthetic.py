@@ -134,7 +134,7 @@ def _head_file(model: str, head: str | None) -> Path:
 def downloaded_head(url: str) -> Path:
     """Returns where a head is kept: under its name if it is the published one, else apart from others of that name."""
     name = unquote(url.rsplit("/", 1)[-1])
-    if url == HEAD or name in SHA256:  # the rehearsal puts random weights in its place, and compares none
+    if url == HEAD or name in SHA256:  # the rehearsal, whose head is random, has emptied SHA256
         return cache_folder() / name
     return cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
 
