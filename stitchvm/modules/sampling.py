@@ -34,7 +34,7 @@ from stitchvm.modules.meter import Meter, out_of_memory_says
 from stitchvm.modules.sample_lines import decode, sample_stream, trajectories
 from stitchvm.modules.sample_store import Line, SampleStore
 from stitchvm.modules.sampling_bar import SamplingBar
-from stitchvm.modules.sampling_config import configuration, measured, weights
+from stitchvm.modules.sampling_config import changed_files, configuration, measured, weights
 from stitchvm.modules.sampling_parts import SamplingParts, terminal_terms
 from stitchvm.modules.sampling_report import report
 from stitchvm.rewards.base import Reward
@@ -194,6 +194,9 @@ class Sampling(LightningModule):
     def _begin(self) -> None:
         self._accept(self._changed_prompts())
         left, found = self._left(everywhere=True), {}
+        if left == [] and self.done:  # nothing would be loaded, and so nothing hashed
+            self._accept(changed_files(self))
+            left = self._left(everywhere=True)
         if left is None or left:
             if self.checker and left:
                 check_prompts(self.dataset[i]["prompt"] for i, _ in left)

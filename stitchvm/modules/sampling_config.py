@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stitchvm.modules.report import run_config
+from stitchvm.modules.sample_store import differences, plain
 from stitchvm.results import weights_of
 from stitchvm.rewards.base import Reward
 from stitchvm.rewards.weighted import WeightedReward
@@ -80,10 +81,23 @@ def weights(module: Sampling) -> dict[str, dict[str, Any]]:
         found[name] = {} if known is None else {"id": str(known)}
         if isinstance(part, nn.Module):
             found[name]["fingerprint"] = fingerprint(part)
-    for name, factory in (("value", module.value_factory), ("final", module.final_factory)):
-        for path in [] if factory is None else factory.sources().values():
-            found[f"{name} from {path}"] = weights_of(path)
-    return found
+    return found | files(module)
+
+
+def files(module: Sampling) -> dict[str, dict[str, Any]]:
+    """Returns the files that values are loaded from, with what tells their content; nothing is loaded."""
+    return {
+        f"{name} from {path}": weights_of(path)
+        for name, factory in (("value", module.value_factory), ("final", module.final_factory))
+        for path in ([] if factory is None else factory.sources().values())
+    }
+
+
+def changed_files(module: Sampling) -> list[str]:
+    """Returns which of these files are not those that the finished samples were made with, as they tell it."""
+    there, now = module.store.known("weights"), plain(files(module))
+    both = [name for name in now if name in there]
+    return differences({k: there[k] for k in both}, {k: now[k] for k in both})
 
 
 def measured(module: Sampling) -> dict[str, dict[str, str]]:

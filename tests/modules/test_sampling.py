@@ -300,8 +300,15 @@ def test_other_weights_under_the_same_name_are_refused(
     state = load_file(value / "model.safetensors")
     state["stitch.F.weight"] *= 2
     save_file(state, value / "model.safetensors")
-    with pytest.raises(FileExistsError, match=r"value.*sha256"):
-        predict(tmp_path / "run", **arguments | {"samples_per_prompt": 2})
+    for more in ({"samples_per_prompt": 2}, {}):  # also where nothing is left to sample
+        with pytest.raises(FileExistsError, match=r"value.*sha256"):
+            predict(tmp_path / "run", **arguments | more)
+    first = lines(tmp_path / "run")
+    predict(tmp_path / "run", **arguments | {"overwrite": True})
+    assert [line["values"] for line in lines(tmp_path / "run")] != [x["values"] for x in first]
+    kept = lines(tmp_path / "run")
+    predict(tmp_path / "run", **arguments)
+    assert lines(tmp_path / "run") == kept
 
 
 def test_the_world_with_its_checker_and_a_weighted_reward(tmp_path) -> None:
