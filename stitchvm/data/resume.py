@@ -5,11 +5,11 @@ The stream is epoch after epoch in the order that (seed, epoch) fixes. The Train
 count when its first batch is wanted, and the sampler begins there: no batch is drawn to be thrown away, and a module
 has to do nothing for it. A checkpoint holds, under the data module's class name, what Lightning does not know:
 
-- the position of the last batch handed over. If the run was interrupted in that batch, it is handed over again, with
-  those accumulated for the same step, unless the step was made. A run that ended in the middle of an epoch by
-  `max_steps` is recorded by Lightning as having finished that epoch; when it is taken up with more steps, the epoch's
-  remaining batches come first, and later epochs of the data are one behind Lightning's (`shift`; a batch's `epoch` is
-  that of the data).
+- the position of the last batch handed over. If the run was interrupted in that batch or after it, and its step was
+  not made, it is handed over again, with those accumulated for the same step. A run that ended in the middle of an
+  epoch by `max_steps` is recorded by Lightning as having finished that epoch; when it is taken up with more steps, the
+  epoch's remaining batches come first, and later epochs of the data are one behind Lightning's (`shift`; a batch's
+  `epoch` is that of the data).
 - the global batch B·W. With another one, Lightning's count of batches is converted, so that the run goes on at the
   same sample, rounded down to a whole global batch.
 - seed and length of the data set: if they differ, the order cannot be continued and a warning says so.
@@ -76,10 +76,14 @@ class Stream:
 
     def again(self, trainer: Trainer | None) -> int:
         """Returns how many batches are to be handed over again: of a step that an interrupted run did not make."""
-        if trainer is None or self._made != made(trainer):  # a step or a batch has ended since
+        if trainer is None or self._made is None:
             return 0
-        done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return done % trainer.accumulate_grad_batches + 1
+        progress, (steps, ended) = trainer.fit_loop.epoch_loop.batch_progress, made(trainer)
+        accumulated: int = progress.current.processed % trainer.accumulate_grad_batches
+        if ended == self._made[1]:  # in the batch, before its step or after it
+            return accumulated + 1 if steps == self._made[0] else 0
+        # an epoch's last batch makes a step, whatever is accumulated
+        return 0 if progress.is_last_batch else accumulated
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a position, in batches of the present size; warns if it is one in another order."""
@@ -107,16 +111,18 @@ def made(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
-def settle(progress: dict[str, Any], again: int) -> None:
-    """Lets Lightning's count of batches in a checkpoint end with a whole one, if the run was interrupted in one.
+def settle(progress: dict[str, Any], batch: int, again: int) -> None:
+    """Lets Lightning's count of batches in a checkpoint end with those that count, if the run was interrupted.
 
     Arguments:
         progress: The count.
-        again: How many batches are handed over again; with none the interrupted one has made its step, and counts.
+        batch: The batches of the epoch that count.
+        again: How many more were handed over, and are again; if none, an interrupted one has made its step.
     """
+    back = progress["current"]["processed"] - batch
     for counts in (progress["total"], progress["current"]):
         if again or counts["ready"] > counts["processed"]:
-            counts.update(dict.fromkeys(counts, counts["processed"] + 1 - again))
+            counts.update(dict.fromkeys(counts, counts["processed"] - back))
     if again:
         progress["is_last_batch"] = False
 
@@ -141,7 +147,7 @@ class ConvertProgress(Callback):
         progress = loops.get("epoch_loop.batch_progress")
         if not state or progress is None:
             return
-        settle(progress, state.get("again", 0))
+        settle(progress, state["batch"], state.get("again", 0))
         evaluation = loops["epoch_loop.val_loop.batch_progress"]["current"]
         evaluation.update(dict.fromkeys(evaluation, 0))
         current = progress["current"]

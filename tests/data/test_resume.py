@@ -201,17 +201,26 @@ def test_an_interrupted_batch_is_made_again_unless_it_has_made_its_step(
     assert len(module.validated) - 7 + len(again.validated) == 6 * 7  # 7 before training
 
 
+@pytest.mark.parametrize(
+    ("stop", "steps", "first"),
+    [
+        (("before the step", 4), 1, 2),  # of a step of two batches the second is interrupted
+        (("after the step", 3), 1, 2),  # or the run, once the first has been made
+        (("after the step", 4), 2, 4),
+        (("after the step", 5), 3, 5),  # the last of an epoch makes a step of its own
+    ],
+)
 def test_batches_accumulated_for_an_interrupted_step_are_made_again(
-    whole: tuple[Seen, Path], tmp_path: Path
+    whole: tuple[Seen, Path], tmp_path: Path, stop: tuple[str, int], steps: int, first: int
 ) -> None:
-    """Of a step of two batches the second is interrupted; the gradient of the first is in no checkpoint."""
+    """Their gradients are in no checkpoint."""
     seen, _ = whole
     options = {"accumulate_grad_batches": 2, "val_check_interval": 1.0}
-    module, trainer = fit(save=tmp_path, stop=("before the step", 4), **options)
-    assert trainer.global_step == 1 and module.seen == seen[:4]
+    module, trainer = fit(save=tmp_path, stop=stop, **options)
+    assert trainer.global_step == steps and module.seen == seen[: stop[1]]
     (file,) = tmp_path.iterdir()
     again, trainer = fit(file, **options)
-    assert again.seen == seen[2:] and trainer.global_step == 9
+    assert again.seen == seen[first:] and trainer.global_step == 9
 
 
 def test_an_interrupted_evaluation_begins_again(tmp_path: Path) -> None:
