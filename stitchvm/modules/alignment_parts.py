@@ -20,6 +20,7 @@ from stitchvm.adapters.full import PolicyWeights
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.adapters.policy import Policy
 from stitchvm.modules.held_out import HeldOut
+from stitchvm.modules.judges import encoded_alone
 from stitchvm.modules.ranks import all_agree
 from stitchvm.modules.rows import Rows
 from stitchvm.modules.sampling_parts import check_latent_space, latent_size, release
@@ -140,7 +141,7 @@ class AlignmentParts:
     @torch.no_grad()
     def conditions(self, rows: Rows) -> Any:
         """Returns the conditions of images' prompts."""
-        for prompt in encoded_alone(rows):
+        for prompt in encoded_alone(rows.prompts, rows.device):
             self.generator.encode_prompts([prompt])
         return self.generator.encode_prompts(rows.prompts)
 
@@ -155,7 +156,7 @@ class AlignmentParts:
             z: Their latents, with shape (B, C, H, W).
             tau: Their level.
         """
-        for prompt in encoded_alone(rows):
+        for prompt in encoded_alone(rows.prompts, rows.device):
             self.value.encode_text([prompt])
         bound = self.value.bind(list(rows.prompts), generator=rows.streams("value"))
         found: Scored | None = None
@@ -177,14 +178,6 @@ def prompts_of(trainer: Trainer | None) -> list[list[str]]:
     names = ["train_data"] * (trainer.state.fn == "fit") + ["val_data"]
     sets = [getattr(trainer.datamodule, name, None) for name in names]
     return [list(each.prompts) for each in sets if each is not None]
-
-
-def encoded_alone(rows: Rows) -> list[str]:
-    """Returns the prompts whose texts are encoded one by one, to be kept: on a CPU, where runs go on bit for bit, all.
-
-    In a batch a text is rounded with its neighbours, and after resuming others may be new. A GPU is quicker so.
-    """
-    return list(dict.fromkeys(rows.prompts)) if rows.device.type == "cpu" else []
 
 
 def encode_ahead(generator: Any, prompts: Sequence[Sequence[str]], limit: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stitchvm.metrics.image_statistics import image_statistics
-from stitchvm.modules.judges import Judges
+from stitchvm.modules.judges import Judges, encoded_alone
 from stitchvm.modules.ranks import gather_objects
 from stitchvm.modules.sample_lines import decode, sample_stream
 from stitchvm.rewards.base import Reward
@@ -84,6 +84,8 @@ class HeldOut:
         if first:
             self._scores, self._images = {}, {}
         index, prompts = batch["index"].tolist(), list(batch["prompt"])
+        for prompt in encoded_alone(prompts, self.judges.device):
+            self.generator.encode_prompts([prompt])
         streams = [sample_stream(self.seed, i) for i in index]
         samples = self.sampler(
             self.generator, prompts, seeds=streams, latent_size=self.latent_size

@@ -13,7 +13,7 @@ from stitchvm.rewards.base import NotFiniteError, Reward
 from stitchvm.rewards.weighted import WeightedReward
 from stitchvm.values.parts import Parts, frozen
 
-__all__ = ["Judges"]
+__all__ = ["Judges", "encoded_alone"]
 
 
 class Judges:
@@ -99,6 +99,8 @@ class Judges:
             distinct = list(dict.fromkeys(prompts))
             text = None
             if reward.uses_text:
+                for prompt in encoded_alone(distinct, self.device):
+                    reward.encode_text([prompt])
                 text = reward.encode_text(distinct)[[distinct.index(p) for p in prompts]]
             embedded = reward.embed(images).image
             try:
@@ -125,6 +127,14 @@ def check_prompts(prompts: Iterable[str]) -> None:
 
     for prompt in prompts:
         parse(prompt)
+
+
+def encoded_alone(prompts: Iterable[str], device: torch.device) -> list[str]:
+    """Returns the prompts whose texts are encoded one by one, to be kept: on a CPU, where runs go on bit for bit, all.
+
+    In a batch a text is rounded with its neighbours, and in a run that goes on others are new. A GPU is quicker so.
+    """
+    return list(dict.fromkeys(prompts)) if device.type == "cpu" else []
 
 
 def same(one: Any, other: Any) -> bool:

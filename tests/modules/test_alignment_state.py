@@ -14,8 +14,10 @@ from torch import Tensor
 
 from stitchvm.data.prompts import Prompts
 from stitchvm.modules.draft import DRaFT
+from stitchvm.modules.held_out import Evaluation
 from stitchvm.modules.rows import Rows
 from stitchvm.rewards.clip import CLIPReward
+from stitchvm.samplers.plain import PlainSampler
 from tests.modules import alignment_runs as runs
 from tests.modules.alignment_fakes import Broken, draft
 from tests.modules.alignment_runs import load, save_every_step
@@ -100,7 +102,8 @@ def test_a_run_that_ctrl_c_ends_goes_on_bit_for_bit(where, tmp_path, ctrl_c):
     assert files[0]["Prompts"] == files[1]["Prompts"]
 
 
-def test_texts_are_encoded_whatever_their_neighbours(tiny_sd3, tmp_path):
+@pytest.mark.parametrize("before", [False, True], ids=["in an update", "in the evaluation before"])
+def test_texts_are_encoded_whatever_their_neighbours(tiny_sd3, tmp_path, before):
     """In a batch they would be rounded with each other, and a run that goes on encodes others together."""
     prompts = [
         f"a {colour} {shape} on a {tone} background"
@@ -108,16 +111,20 @@ def test_texts_are_encoded_whatever_their_neighbours(tiny_sd3, tmp_path):
         for shape in ("circle", "square")
         for tone in ("dark", "light")
     ]
+    clip = partial(CLIPReward, "world:clip")
+    sampler = PlainSampler(num_steps=1, guidance_scale=1.0, grid="single")
     module = DRaFT(
         generator=runs.generator(tiny_sd3),
-        reward=partial(CLIPReward, "world:clip"),
+        reward=clip,
         policy=runs.policy(),
         num_steps=2,
         micro_batch=None,
         prompts_ahead=1,
+        evaluation=Evaluation({"clip": clip}, sampler=sampler),
     )
     data = Prompts(prompts=prompts, prompts_per_update=8)
-    runs.fit(module, tmp_path, max_steps=1, data=data)
+    evaluated = {"limit_val_batches": None, "num_sanity_val_steps": -1} if before else {}
+    runs.fit(module, tmp_path, max_steps=1, data=data, **evaluated)
     reward: Any = module._built.value.reward
     generator, other = runs.generator(tiny_sd3)(), CLIPReward("world:clip")
     for prompt in prompts:
