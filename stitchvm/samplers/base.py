@@ -12,6 +12,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
 from typing import Any
 
 import torch
@@ -264,7 +266,7 @@ class Sampler(ABC):
                 match, or a value or gradient is not finite (naming step, level, prompt and estimator).
         """
         prompts = listed(prompts) or []
-        seeds = [seeds + p for p in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
+        seeds = one_each(seeds, len(prompts))
         self._check(prompts, seeds, value)
         size = latent_size or generator.default_size
         device = getattr(generator, "device", torch.device("cpu"))
@@ -315,6 +317,13 @@ class Sampler(ABC):
             raise ValueError(
                 f"{type(self).__name__} asks a value, but none is configured: give `value`, or take PlainSampler."
             )
+
+
+def one_each(seeds: Any, count: int) -> list[int]:
+    """Returns one seed per prompt; plain numbers, since a stream is keyed by digits, not by "tensor(3)"."""
+    if isinstance(seeds, Integral):
+        seeds = range(int(seeds), int(seeds) + count)
+    return [index(seed) for seed in seeds]
 
 
 def value_streams(seeds: Sequence[int]) -> list[torch.Generator]:

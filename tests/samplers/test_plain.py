@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
@@ -122,6 +124,16 @@ def test_a_sample_depends_on_its_seed_alone(sd3: Generator) -> None:
     assert torch.allclose(together[0], together[2], atol=1e-4)
     assert torch.allclose(together, parts, atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_seeds_are_numbers_whatever_holds_them(sd3: Generator) -> None:
+    def latents(seeds: Any) -> torch.Tensor:
+        return PlainSampler(num_steps=1)(sd3, PROMPTS, seeds=seeds).latents
+
+    for same in (3, np.int64(3), (3, 4), torch.tensor([3, 4]), np.array([3, 4])):
+        assert torch.equal(latents(same), latents([3, 4]))
+    with pytest.raises(TypeError, match="float"):
+        latents([3.0, 4.0])
 
 
 def test_noise_does_not_depend_on_the_default_dtype() -> None:
