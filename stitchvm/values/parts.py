@@ -63,8 +63,11 @@ class Parts:
         Arguments:
             spec: What `config.json` of a value model says of its reward.
         """
-        if self._run is not None and self._run.has("reward"):
-            _ = self._run.reward
+        run = self._run
+        while run is not None:  # a sum may be a term of another
+            if run.has("reward"):
+                _ = run.reward
+            run = run._run
         for reward in self._rewards:
             if described(spec, reward):
                 return reward

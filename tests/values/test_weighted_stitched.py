@@ -201,6 +201,12 @@ def test_terms_take_the_runs_reward_where_it_is_theirs(
     assert list(value.values) == ["1", "2", "3"]
     assert first.reward is third.reward is parts.reward and counted == [1]
     assert isinstance(second.reward, AestheticReward)
+    # in a sum of sums, too
+    counted.clear()
+    parts = run()
+    value = WeightedFactory([Term(WeightedFactory([Term(clip)])), Term(TweedieFactory())])(parts)
+    assert value.values["1"].values["1"].reward is value.values["2"].reward is parts.reward
+    assert counted == [1]
     # a reward that a term names is found by a value model that stands before it
     alone = Parts(generator=lambda: Generator(str(tiny_sd3), text_tokens=12))
     value = WeightedFactory([Term(clip), Term(TweedieFactory(), reward=reward)])(alone)
