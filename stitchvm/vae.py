@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -189,6 +190,8 @@ def latent_scaling(path: str) -> tuple[float, float] | None:
     Arguments:
         path: A pipeline folder, a hub id, or "world:sd3".
     """
+    if not (set("/:") & set(path) or Path(path).exists()):  # "latent": the hub need not be asked
+        return None
     try:
         file = resolve(path, allow_patterns=["vae/config.json"]) / "vae" / "config.json"
         config = json.loads(file.read_text())

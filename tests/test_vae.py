@@ -108,10 +108,14 @@ def test_wrong_folders(tiny_sd3: Path, tmp_path: Path) -> None:
         VAE(str(tiny_sd3), micro_batch=0)
 
 
-def test_latent_scaling_is_that_of_the_configuration(vae: VAE, tiny_sd3: Path) -> None:
+def test_latent_scaling_is_that_of_the_configuration(
+    vae: VAE, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert latent_scaling(str(tiny_sd3)) == (vae.scale, vae.shift) == (1.5, 0.1)
     assert latent_scaling(str(tiny_sd3 / "transformer")) is None
-    assert latent_scaling("nobody/nothing") is None and latent_scaling("latent") is None
+    assert latent_scaling("nobody/nothing") is None
+    monkeypatch.setattr("stitchvm.vae.resolve", lambda *_, **__: pytest.fail("asked the hub"))
+    assert latent_scaling("latent") is None
 
 
 def test_around_an_autoencoder_in_memory(vae: VAE, tiny_sd3: Path) -> None:
