@@ -47,9 +47,9 @@ def build(spec: dict[str, Any], expected: type = object, **overrides: Any) -> An
 def fingerprint(module: nn.Module, leave_out: Iterable[nn.Module] = ()) -> str:
     """Returns 16 hexadecimal digits that tell two sets of weights of one architecture apart.
 
-    Up to 64 values of every parameter are hashed in bfloat16, so that it takes milliseconds and does not
-    depend on the dtype the weights were loaded in. LoRA adapters on top of the weights are not looked at,
-    nor are the parameters of submodules in `leave_out`.
+    Up to 64 values of every parameter are hashed in bfloat16, so that it takes milliseconds and is the same for
+    weights loaded in float32 and in bfloat16; float16 rounds those of a float32 file to others. LoRA adapters on
+    top of the weights are not looked at, nor are the parameters of submodules in `leave_out`.
     """
     digest = hashlib.blake2b(digest_size=8)
     skip = {id(parameter) for part in leave_out for parameter in part.parameters()}

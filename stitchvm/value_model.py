@@ -285,7 +285,7 @@ def _check_identity(
         raise ValueError(
             f"the stitch was trained on the {kind} {spec['init_args']} (weights {spec['fingerprint']}), "
             f"but {component.id} has weights {found}: features differ and values would be wrong. "
-            f"Load the {kind} that config.json names, or distil again on this one."
+            f"Load the {kind} that config.json names, in float16 only if it was then, or distil again on this one."
         )
 
 
