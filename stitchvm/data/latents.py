@@ -210,7 +210,7 @@ def check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def weights_sha256(vae: object) -> str | None:
-    """Returns the SHA-256 of a module's weights in bfloat16 (loaded in float32, they have the same), None for no module."""
+    """Returns the SHA-256 of a module's weights in bfloat16, the same when loaded in float32; None for no module."""
     if not isinstance(vae, nn.Module):
         return None
     digest = hashlib.sha256()
