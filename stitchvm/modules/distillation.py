@@ -22,12 +22,7 @@ from stitchvm.compilation import compile_forward, require_compiler
 from stitchvm.data.module import DataModule
 from stitchvm.modules.checkpoint import LeanCheckpoint
 from stitchvm.modules.sharding import full_state, shard_value_model
-from stitchvm.modules.stage_one import (
-    SEARCH_FILE,
-    ClosedFormStart,
-    StageOne,
-    textless,
-)
+from stitchvm.modules.stage_one import SEARCH_FILE, ClosedFormStart, StageOne, textless
 from stitchvm.modules.throughput import ImagesPerSecond
 from stitchvm.objectives.distill import aesthetic_distillation, representation_distillation
 from stitchvm.path import FlowPath
@@ -63,7 +58,7 @@ class StitchDistillation(LeanCheckpoint):
         betas: AdamW's moment decays.
         warmup_steps: Steps of linear warm-up from 0.
         decay: What follows: "none" (the paper's constant rate) or "linear" to 0 at the end of training.
-        fused: Whether to use the fused AdamW kernel; where it exists if None.
+        fused: Whether to use the fused AdamW kernel, as the paper does; None is torch's choice, which is another.
         compile: Whether, or with which backend of `torch.compile`, VAE, teacher, backbone and tail are compiled.
         search_js: The reward blocks j of stage 1.
         search_criterion: "feature" (the paper's) or "embedding".
@@ -356,10 +351,15 @@ class StitchDistillation(LeanCheckpoint):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this stitch point, backbone and reward."""
-        if tuple(checkpoint["stitch_point"]) != self.stitch_point:
+        point = tuple(checkpoint.get("stitch_point", ()))
+        if not point:
             raise ValueError(
-                f"the checkpoint was made at (i, j) = {tuple(checkpoint['stitch_point'])}, this run is at "
-                f"{self.stitch_point}: set model.stitch_point to {checkpoint['stitch_point']}"
+                "the checkpoint is of no distillation: choose another, or start without --ckpt_path"
+            )
+        if point != self.stitch_point:
+            raise ValueError(
+                f"the checkpoint was made at (i, j) = {point}, this run is at {self.stitch_point}: set "
+                f"model.stitch_point to {list(point)}"
             )
         own = self._fingerprints()
         saved = checkpoint.get("fingerprints", own)  # the first versions' checkpoints have none

@@ -184,9 +184,17 @@ def test_checkpoint_of_another_stitch_point_is_refused(config, capsys):
     path, root = config(trainer={"max_steps": 2})
     main(["fit", "--config", str(path)])
     other, _ = config(stitch_point=[3, 1])
+    last = root / "checkpoints/last.ckpt"
+    words = ["fit", "--config", str(other), "--ckpt_path", str(last)]
     with pytest.raises(SystemExit):
-        main(["fit", "--config", str(other), "--ckpt_path", str(root / "checkpoints/last.ckpt")])
-    assert "model.stitch_point" in message(capsys)
+        main(words)
+    assert "set model.stitch_point to [2, 1]" in message(capsys)
+    state = runs.checkpoint(root)
+    del state["stitch_point"]  # as of a fine-tuning
+    torch.save(state, last)
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "the checkpoint is of no distillation" in message(capsys)
 
 
 def test_checkpoint_of_another_reward_is_refused_and_its_value_model_stays(config, capsys):
