@@ -19,7 +19,10 @@ class SVDD(FKSteering):
         proposals: The number M of duplicates; 20 in the published code.
         particles: The number N of independent chains, of which the best is the sample.
         proposal_share: The share of the run, from its beginning, whose steps search.
-        kwargs: As for `Sampler`.
+        kwargs: As for `FKSteering`, but for the resampling.
+
+    Raises:
+        ValueError: If resampling is asked for, or as for `FKSteering`.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class SVDD(FKSteering):
         proposal_share: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        if "resample_every" in kwargs:
+            raise ValueError("SVDD never resamples: leave resample_every out, or take FKSteering.")
         super().__init__(
             particles=particles,
             proposals=proposals,

@@ -93,6 +93,8 @@ def test_errors_say_what_is_wrong() -> None:
         BestOfN(0)
     with pytest.raises(ValueError, match="by what"):
         BestOfN(2)(ClosedFormGenerator(WORLD), ["0"])
+    with pytest.raises(ValueError, match="SVDD never resamples"):
+        SVDD(2, resample_every=4)
 
 
 def test_svdd_is_fk_steering_with_proposals_only() -> None:
