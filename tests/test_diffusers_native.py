@@ -350,6 +350,20 @@ def test_without_noise_a_step_in_bfloat16_is_diffusers_own() -> None:
     assert before.step_index == after.step_index == 3
 
 
+def test_levels_are_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie on a GPU, which would be waited for at every step."""
+    scheduler, read = sde_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0)), []
+    monkeypatch.setattr(
+        "stitchvm.samplers.scheduler.check_levels", lambda x: read.append(x) or x.float()
+    )
+    for steps in (4, 6):
+        scheduler.set_timesteps(steps)
+        z = torch.zeros(1, 2, 2, 2)
+        for t in scheduler.timesteps:
+            z = scheduler.step(z, t, z).prev_sample
+    assert [len(x) for x in read] == [5, 7]
+
+
 def test_exact_guidance_knows_the_noise_of_the_schedulers_steps(noisy: dict[str, Any]) -> None:
     callback = GuidanceCallback(noisy["value"], PROMPTS, 30.0, "exact", **size(noisy))
     run(noisy, torch.randn(2, 4, 12, 8), callback)

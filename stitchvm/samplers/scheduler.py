@@ -55,6 +55,7 @@ def _scheduler_class() -> type:
 
         kernel: Kernel
         seed: int | None
+        levels: tuple[Tensor, Tensor] | None = None
 
         def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
             """Returns the sample after one step; keywords as in diffusers."""
@@ -63,7 +64,12 @@ def _scheduler_class() -> type:
                 return super().step(model_output, timestep, sample, **kwargs)
             if self.step_index is None:
                 self._init_step_index(timestep)
-            k, sigmas = self._step_index, check_levels(self.sigmas)
+            if self.levels is None or self.levels[0] is not self.sigmas:
+                self.levels = (
+                    self.sigmas,
+                    check_levels(self.sigmas),
+                )  # once a run: a GPU is waited for
+            k, sigmas = self._step_index, self.levels[1]
             z = self.kernel.mean(sample.float(), model_output, k, sigmas)
             std, own = self.kernel.std(k, sigmas), kwargs.get("generator")
             if std:
