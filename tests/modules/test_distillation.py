@@ -9,8 +9,11 @@ import torch
 import yaml
 
 from stitchvm.cli import main
+from stitchvm.data.images import ImageFolder
 from stitchvm.modules.distillation import StitchDistillation
 from stitchvm.modules.stage_one import read_stitch_point
+from stitchvm.search import _noised
+from stitchvm.stitch import up
 from stitchvm.vae import VAE
 from stitchvm.value_model import StitchedValueModel
 from tests.modules import runs
@@ -102,20 +105,25 @@ def test_a_search_is_read_by_the_runs_own_criterion(tmp_path):
         read_stitch_point(path, "embedding", (2,))
 
 
-def test_the_start_is_the_closed_form_fit(config):
-    """Before the first step the student's hand-over features are the least-squares ones."""
+def test_the_start_is_the_closed_form_fit(config, tmp_path):
+    """Before the first step the student's hand-over features are the least-squares ones of the probe images."""
     path, root = config(lr=0.0, trainer={"max_steps": 1})
     main(["fit", "--config", str(path)])
     model = StitchedValueModel.from_pretrained(root / "value_model")
-    h = model.backbone(torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.6]), model.i)
-    W, b = model.stitch.F.weight, model.stitch.F.bias
-    expected = torch.nn.functional.conv2d(h, W, b)
-    if expected.shape[-2:] != model.stitch.grid:
-        from stitchvm.stitch import up
-
-        expected = up(expected, model.stitch.grid)
-    torch.testing.assert_close(model.stitch(h), expected, rtol=1e-4, atol=1e-5)
-    assert float(W.detach().abs().max()) > 0
+    data = ImageFolder(str(tmp_path / "images"), val_size=8, resolution=16, num_workers=0)
+    data.setup("fit")
+    (probes,) = data.probe_dataloader(4)
+    z_0 = VAE(model.backbone.id).encode(probes["pixels"])
+    h = model.backbone(*_noised(z_0, 0, seed=0), model.i)
+    x, y = (
+        tokens.flatten(2).transpose(1, 2).flatten(0, 1).double()
+        for tokens in (up(h, model.stitch.grid), model.reward.prefix(probes["pixels"], model.j))
+    )
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    fitted = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
+    got = model.stitch(h).flatten(2).transpose(1, 2).flatten(0, 1).double()
+    torch.testing.assert_close(got, fitted, rtol=1e-3, atol=1e-3 * float(y.std()))
+    assert len(x) > x.shape[1] and float((fitted - y).square().mean()) > 1e-3 * float(y.var())
 
 
 def test_the_loss_falls(config):
