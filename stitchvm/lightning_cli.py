@@ -47,6 +47,8 @@ HOOKS = {
     "test": (("test_step",), "configs/eval_world.yaml"),
     "predict": (("predict_step", "forward"), "configs/plain_world.yaml"),
 }
+# what a command leaves in its run's folder
+LEFT = {"search": ("search.json",), "fit": ("checkpoints", "value_model", "lora", "full")}
 
 
 class StitchTrainer(Trainer):
@@ -154,16 +156,14 @@ class StitchCLI(LightningCLI):
             return
         if config.trainer.fast_dev_run or config.get("ckpt_path"):
             return
-        left = "search.json" if self.subcommand == "search" else "checkpoints"
-        if (folder / left).exists():
-            how = (
-                "delete it"
-                if self.subcommand == "search"
-                else "go on from it with --ckpt_path last"
-            )
+        left = next(
+            (folder / name for name in LEFT[self.subcommand] if (folder / name).exists()), None
+        )
+        if left is not None:
+            goes_on = left.name == "checkpoints"
+            how = "go on from it with --ckpt_path last" if goes_on else "delete it"
             raise FileExistsError(
-                f"{folder / left} is left from an earlier run: {how}, or choose another folder with "
-                "--trainer.default_root_dir"
+                f"{left} is left from an earlier run: {how}, or choose another folder with --trainer.default_root_dir"
             )
 
     def after_instantiate_classes(self) -> None:

@@ -111,6 +111,26 @@ def test_a_mistake_in_yaml_names_its_file_and_line(capsys, tmp_path, nested):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "left", "how"),
+    [
+        ("fit", "checkpoints", "go on from it with --ckpt_path last"),
+        ("fit", "value_model", "delete it"),  # without checkpoints, if none were to be
+        ("fit", "lora", "delete it"),
+        ("fit", "full", "delete it"),
+        ("search", "search.json", "delete it"),
+    ],
+)
+def test_what_an_earlier_run_has_left_is_not_written_over(capsys, tmp_path, command, left, how):
+    (tmp_path / left).mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--config", DISTIL, f"--trainer.default_root_dir={tmp_path}"])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / left} is left from an earlier run: {how}, or choose another" in error
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
 @pytest.mark.parametrize("command", [("fit", DISTIL), ("predict", PLAIN), ("search", DISTIL)])
 def test_a_run_folder_that_cannot_be_is_said_before_the_work(capsys, tmp_path, command):
     (tmp_path / "file").write_text("mine")
