@@ -80,6 +80,15 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.strategy is a {kind}: expected one device, ddp, or ModelParallelStrategy (FSDP2, see "
             "configs/trainer/fsdp2.yaml)."
         )
+    tensor = getattr(trainer.strategy, "_tensor_parallel_size", 1)
+    if tensor == "auto":
+        tensor = trainer.num_devices
+    if tensor != 1:
+        raise ValueError(
+            f"trainer.strategy has tensor_parallel_size = {tensor}, so that as many devices would make the same update "
+            "and shard nothing among each other: give it data_parallel_size, the number of all devices, and "
+            "tensor_parallel_size: 1. (Lightning's defaults are the nodes, and the devices of a node.)"
+        )
 
 
 def check_data(datamodule: Any) -> None:

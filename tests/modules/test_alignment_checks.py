@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from stitchvm.data.images import ImageFolder
 from stitchvm.data.prompts import Prompts
@@ -47,6 +48,21 @@ def test_trainers_that_cannot_be():
         check_trainer(trainer("16-mixed", "DDPStrategy"))
     with pytest.raises(ValueError, match="is a FSDPStrategy: expected one device, ddp, or Model"):
         check_trainer(trainer("32-true", "FSDPStrategy"))
+
+
+def test_devices_that_would_all_make_the_same_update():
+    """Lightning's default strategy of that name shards nothing, and gives each device of a node all prompts."""
+
+    def trainer(**sizes: Any) -> Any:
+        strategy = ModelParallelStrategy(**sizes)
+        return SimpleNamespace(precision="32-true", strategy=strategy, num_devices=4)
+
+    check_trainer(trainer(data_parallel_size=4, tensor_parallel_size=1))
+    for sizes in ({}, {"data_parallel_size": 1, "tensor_parallel_size": 4}):
+        with pytest.raises(
+            ValueError, match=r"tensor_parallel_size = 4, .*tensor_parallel_size: 1"
+        ):
+            check_trainer(trainer(**sizes))
 
 
 def test_prompts_that_cannot_be_divided():
