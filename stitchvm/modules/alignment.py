@@ -391,9 +391,9 @@ class Alignment(LeanCheckpoint):
         """Leaves the averaged policy in the run's folder: LoRA weights in `lora/`, or all in `full/transformer/`."""
         if not self.trainer.fast_dev_run and hasattr(self.policy.transformer, "save_pretrained"):
             name = "lora" if isinstance(self.policy, PolicyAdapters) else "full"
-            folder = self.export(Path(self.trainer.default_root_dir) / name)
+            folder = self.export(Path(self.trainer.default_root_dir) / name, overwrite=True)
             rank_zero_info(f"{name} weights saved to {folder}")
 
-    def export(self, folder: str | Path, name: str = "ema", overwrite: bool = True) -> Path:
-        """Writes a set of weights for pipelines (see `adapters.export`, `export_full`); returns the folder."""
+    def export(self, folder: str | Path, name: str = "ema", overwrite: bool = False) -> Path:
+        """Writes a set of weights for pipelines (see `adapters.export`, `export_full`), over others if told so."""
         return export_policy(self, folder, name, overwrite)

@@ -188,5 +188,7 @@ def test_lora_on_a_transformer_is_trained_and_exported(precision, tiny_sd3, tiny
     cards = [(tmp_path / "lora" / "README.md").read_text()]
     module.guidance_scale, module.size = 3.5, (512, 256)
     cards.append((module.export(tmp_path / "again") / "README.md").read_text())
+    with pytest.raises(FileExistsError, match="already holds LoRA weights"):
+        module.export(tmp_path / "again", name="default")
     for card, call in zip(cards, ("1.0", "3.5, height=512, width=256"), strict=True):
         assert f'pipeline("a prompt", guidance_scale={call}).images' in card
