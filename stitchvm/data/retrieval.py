@@ -136,7 +136,8 @@ def karpathy_captions(path: Path) -> Captions:
 def text_captions(path: Path) -> Captions:
     """Reads lines "name.jpg,caption". Raises ValueError if a line other than the first is not so."""
     captions: Captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    # not splitlines, which cuts captions at form feeds and Unicode line separators
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
         name, found, caption = line.partition(".jpg,")
         if found:
             captions.setdefault(name.strip() + ".jpg", []).append(caption.strip())

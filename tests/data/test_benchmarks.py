@@ -53,6 +53,11 @@ def test_flickr30k(tmp_path: Path, karpathy: bool) -> None:
     index, captions = columns(Retrieval(flickr30k=str(tmp_path), **SMALL), "index", "captions")
     assert index == [0, 1] and [len(texts) for texts in captions] == [5, 5]
     assert captions[1][4] == "A man, 1, with a hat 4 ."  # commas of the caption stay
+    if not karpathy:
+        path = tmp_path / "flickr30k_test_karpathy.txt"
+        path.write_text(path.read_text().replace("hat 4 .", "hat\u2028 4 ."))
+        (captions,) = columns(Retrieval(flickr30k=str(tmp_path), **SMALL), "captions")
+        assert captions[1][4] == "A man, 1, with a hat\u2028 4 ."
 
 
 def test_several_benchmarks_have_several_loaders(tmp_path: Path) -> None:
