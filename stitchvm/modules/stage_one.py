@@ -18,7 +18,7 @@ from stitchvm.data.prompts import PromptModule
 from stitchvm.results import write_results
 from stitchvm.rewards.base import Reward
 from stitchvm.search import CRITERIA, SearchResult, search
-from stitchvm.vae import VAE
+from stitchvm.vae import VAE, latent_scaling
 
 __all__ = ["ClosedFormStart", "StageOne", "read_stitch_point", "textless"]
 
@@ -95,8 +95,8 @@ class StageOne:
         """Searches on the first images of the data module's validation loader.
 
         Raises:
-            ValueError: If there is no data module of images, or too few images in it; or if losses are to be compared
-                but nothing is held out.
+            ValueError: If there is no data module of images, or too few images in it; if losses are to be compared but
+                nothing is held out; or if the VAE is another than the backbone's.
         """
         settings = self.settings | override
         if depths is None and settings["num_held_out"] < 1:
@@ -108,6 +108,7 @@ class StageOne:
         max_depth = max(depths) if depths is not None else None
         backbone = cast(Callable[..., Backbone], self.backbone)(max_depth=max_depth).to(on)
         reward, vae = self.reward().to(on), self.vae().to(on)
+        check_latents(backbone, vae)
         num_images = settings["num_probes"] + settings["num_held_out"]
         return search(
             _probe_pixels(images, num_images),
@@ -179,6 +180,16 @@ class StageOne:
             title=f"stage 1, chosen by the {self.criterion} loss",
         )
         return path
+
+
+def check_latents(backbone: Backbone, vae: VAE) -> None:
+    """Raises ValueError if the backbone's pipeline scales latents in another way than the VAE."""
+    there, here = latent_scaling(backbone.id), (vae.scale, vae.shift)
+    if there not in (None, here):
+        raise ValueError(
+            f"the latents of {backbone.id} have scale, shift {there}, those of the VAE {vae.id} {here}: another VAE, "
+            "whose latents mean something else to the backbone. Set model.vae to that of the backbone's pipeline."
+        )
 
 
 def _with_images(datamodule: LightningDataModule | None) -> DataModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -165,6 +166,20 @@ def test_wrong_settings_end_at_once_with_one_message(config, capsys, change, exp
         main(["fit", "--config", str(path)])
     error = message(capsys)
     assert exit_.value.code in (1, 2) and expected in error and "Traceback" not in error
+    assert not (root / "checkpoints").exists()
+
+
+def test_latents_of_another_vae_are_refused(config, capsys, tiny_sd3, tmp_path):
+    shutil.copytree(tiny_sd3 / "vae", tmp_path / "vae")
+    settings = json.loads((tmp_path / "vae/config.json").read_text())
+    settings["scaling_factor"] *= 2
+    (tmp_path / "vae/config.json").write_text(json.dumps(settings))
+    path, root = config(
+        vae={"class_path": "stitchvm.vae.VAE", "init_args": {"path": str(tmp_path / "vae")}}
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path)])
+    assert "have scale, shift (1.5, 0.1), those of the VAE " in message(capsys)
     assert not (root / "checkpoints").exists()
 
 
