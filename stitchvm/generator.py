@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
 from stitchvm.backbones.dense_gradients import dense_gradients
+from stitchvm.backbones.finetuned import load_transformer
 from stitchvm.backbones.flux import FluxBackbone, call_flux
 from stitchvm.backbones.loading import block_lists, parse_dtype, read_model_class
 from stitchvm.backbones.network import NetworkBackbone
@@ -58,9 +59,11 @@ class Generator(nn.Module):
         revision: The hub revision.
         compile: Whether to compile the transformer's blocks and the VAE's decoder with `torch.compile`, or the name
             of a backend to do it with. On a GPU a step takes about 0.6 of the time, once it is compiled.
+        finetuned: What a fine-tuning left, a folder or hub id: LoRA weights, or a `transformer/` in place of its own.
+            Values on the same transformer see it as it was.
 
     Attributes:
-        id: What it was loaded from.
+        id: What it was loaded from; `finetuned` stands beside it.
         family: "sd3" or "flux".
         vae: The VAE.
         transformer: The diffusers transformer.
@@ -82,10 +85,9 @@ class Generator(nn.Module):
         gradient_checkpointing: bool = False,
         revision: str | None = None,
         compile: bool | str = False,
+        finetuned: str | None = None,
     ) -> None:
         super().__init__()
-        import diffusers
-
         require_compiler(compile)
         torch_dtype = parse_dtype(dtype)
         folder = resolve(path, allow_patterns=_WEIGHTS, revision=revision)
@@ -95,12 +97,10 @@ class Generator(nn.Module):
                 f"'{path}' holds a {class_name}, expected one of {', '.join(FAMILIES)}: other "
                 "families need a file of their own beside this one"
             )
-        self.id, self.family = str(path), FAMILIES[class_name]
+        self.id, self.family, self.finetuned = str(path), FAMILIES[class_name], finetuned
         self.guidance_scale = guidance_scale
         self.vae = VAE(path, dtype=vae_dtype, revision=revision)
-        self.transformer: Any = getattr(diffusers, class_name).from_pretrained(
-            folder, subfolder="transformer", torch_dtype=torch_dtype, use_safetensors=True
-        )
+        self.transformer: Any = load_transformer(class_name, folder, torch_dtype, finetuned)
         dense_gradients(self.transformer)
         self.requires_grad_(False)
         self.eval()
@@ -138,7 +138,7 @@ class Generator(nn.Module):
         family, id, scale = read_pipeline(pipe)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.id, self.family = id, family
+        self.id, self.family, self.finetuned = id, family, None
         self.guidance_scale = scale if guidance_scale is None else guidance_scale
         self.vae = VAE.from_network(pipe.vae, id)
         self.transformer = pipe.transformer

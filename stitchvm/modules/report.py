@@ -77,6 +77,8 @@ def weights(module: ValueEvaluation) -> dict[str, dict[str, Any]]:
             answer[name] = weights_of(str(getattr(part, "id", "")))
             if hasattr(part, "named_parameters"):
                 answer[name]["fingerprint"] = fingerprint(part)
+            if tuned := getattr(part, "finetuned", None):  # a fingerprint does not look at LoRA
+                answer[name]["finetuned"] = weights_of(tuned)
     for name, factory in module.factories.items():
         for path in factory.sources().values():
             answer[name] = weights_of(path)

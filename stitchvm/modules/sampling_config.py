@@ -85,12 +85,24 @@ def weights(module: Sampling) -> dict[str, dict[str, Any]]:
 
 
 def files(module: Sampling) -> dict[str, dict[str, Any]]:
-    """Returns the files that values are loaded from, with what tells their content; nothing is loaded."""
-    return {
+    """Returns the files beside whole models that are loaded, with what tells their content; nothing is loaded."""
+    found = {
         f"{name} from {path}": weights_of(path)
         for name, factory in (("value", module.value_factory), ("final", module.final_factory))
         for path in ([] if factory is None else factory.sources().values())
     }
+    tuned = _finetuned(module)
+    return found if tuned is None else found | {f"generator from {tuned}": weights_of(tuned)}
+
+
+def _finetuned(module: Sampling) -> str | None:
+    """Returns the generator's `finetuned`, of which its fingerprint knows nothing where that is LoRA."""
+    run = run_config(module)
+    if run is None:
+        return getattr(module.generator_factory, "keywords", {}).get("finetuned")
+    generator = run["model"]["init_args"].get("generator")
+    given = generator.get("init_args") if isinstance(generator, dict) else None
+    return None if given is None else given.get("finetuned")
 
 
 def changed_files(module: Sampling) -> list[str]:

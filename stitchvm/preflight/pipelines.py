@@ -102,7 +102,7 @@ def check_pipeline(part: str, kind: str, arguments: dict[str, Any]) -> Iterator[
     Arguments:
         part: Where the configuration names it.
         kind: "SD3Backbone", "FluxBackbone" or "Generator".
-        arguments: Its arguments: `path`, `revision`, `null_embeddings`.
+        arguments: Its arguments: `path`, `revision`, `null_embeddings`, `finetuned`.
     """
     name = str(arguments.get("path"))
     place = find(name, arguments.get("revision"))
@@ -111,6 +111,10 @@ def check_pipeline(part: str, kind: str, arguments: dict[str, Any]) -> Iterator[
         return
     yield from check_transformer(part, kind, place)
     if kind == "Generator":
+        if arguments.get("finetuned"):
+            from stitchvm.preflight.finetuned import check_finetuned
+
+            yield from check_finetuned(part, str(arguments["finetuned"]), place)
         yield from check_vae(part, arguments)
         yield _file(part, place, "scheduler/scheduler_config.json")
     if not arguments.get("null_embeddings"):

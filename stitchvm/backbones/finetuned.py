@@ -1,0 +1,111 @@
+"""A transformer as a pipeline has it, or as a fine-tuning left it.
+
+`stitchvm fit` leaves LoRA weights (`lora/`) or, of full fine-tuning, a transformer (`full/`): both are what diffusers
+writes and reads. LoRA weights stay beside the frozen ones, W x + (α/r)·B·A·x: added to weights in bfloat16, of which
+they change few by half a last digit, they would be rounded away. They are applied in the transformer's dtype, as in
+training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stitchvm.backbones.loading import read_model_class
+from stitchvm.hub import resolve
+
+__all__ = ["CONFIG", "LORA", "load_transformer", "lora_problem"]
+
+LORA = "pytorch_lora_weights.safetensors"
+CONFIG = "transformer/config.json"
+
+
+def load_transformer(
+    kind: str, folder: Path, dtype: torch.dtype, finetuned: str | None = None
+) -> Any:
+    """Returns a pipeline's transformer, frozen.
+
+    Arguments:
+        kind: The transformer's class in diffusers.
+        folder: The pipeline's folder.
+        dtype: The dtype of all weights.
+        finetuned: A folder or hub id with LoRA weights for it (`pytorch_lora_weights.safetensors`), or with a
+            `transformer/` in its place.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+        ValueError: If that is not for this transformer.
+    """
+    import diffusers
+
+    tuned = None
+    if finetuned is not None:
+        tuned = resolve(finetuned, allow_patterns=[LORA, "transformer/*"])
+        if (tuned / CONFIG).is_file():
+            found = read_model_class(finetuned, tuned)
+            if found != kind:
+                raise ValueError(f"'{finetuned}' holds a {found}, but the pipeline has a {kind}")
+            folder, tuned = tuned, None
+    transformer = getattr(diffusers, kind).from_pretrained(
+        folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
+    )
+    if tuned is not None:
+        _add_lora(transformer, tuned, str(finetuned), dtype)
+    return transformer.requires_grad_(False).eval()
+
+
+def lora_problem(
+    lora: Mapping[str, Sequence[int]], network: Mapping[str, Sequence[int]]
+) -> str | None:
+    """Returns why LoRA weights are not for a transformer, or None.
+
+    Arguments:
+        lora: The shapes in the file, by name.
+        network: The shapes of the transformer's weights, by name.
+    """
+    if not lora:
+        return "it holds nothing"
+    for key, shape in lora.items():
+        module, _, half = key.removeprefix("transformer.").partition(".lora_")
+        if not (key.startswith("transformer.") and half):
+            return (
+                f"it holds '{key}', expected LoRA weights of a transformer alone, as diffusers names them "
+                "(transformer.…): write them with the pipeline's save_lora_weights"
+            )
+        weight = network.get(f"{module}.weight")
+        if weight is None:
+            return f"it is of another model: the transformer has no '{module}'"
+        side = {"A.weight": 1, "B.weight": 0}.get(half)
+        if side is not None and shape[side] != weight[side]:
+            return f"it is of another model: '{key}' has shape {tuple(shape)}, for weights of {tuple(weight)}"
+        if half == "A.weight" and key.replace(".lora_A.", ".lora_B.") not in lora:
+            return f"it is not whole: '{key}' has no B"
+    return None
+
+
+def _add_lora(transformer: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> None:
+    from safetensors import safe_open
+
+    file = folder / LORA
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"'{name}' has neither {LORA} nor {CONFIG}: give the folder lora/ or full/ that a fine-tuning left in "
+            "its run folder"
+        )
+    with safe_open(file, framework="pt") as weights:
+        found = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
+    own = {key: tuple(p.shape) for key, p in transformer.named_parameters()}
+    problem = lora_problem(found, own)
+    if problem is not None:
+        raise ValueError(f"{file}: {problem}")
+    network: Any = transformer
+    network.load_lora_adapter(folder, prefix="transformer", weight_name=LORA, use_safetensors=True)
+    taken = [p for key, p in transformer.named_parameters() if "lora_" in key]
+    if len(taken) != len(found):
+        raise ValueError(f"{file}: the transformer took {len(taken)} of {len(found)} tensors")
+    for parameter in taken:
+        parameter.data = parameter.data.to(dtype)
