@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 __all__ = ["written"]
 
@@ -25,8 +26,12 @@ def written(file: Path, sync: bool = False) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written, such as to a full disk, whoever was writing and whatever was raised.
     """
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part = file.with_name(
+        f".{file.name}.{uuid4().hex}.part"
+    )  # processes of two nodes may have one number
     try:
+        part.touch()
+        mode = part.stat().st_mode
         try:
             yield part
         except Exception as error:
@@ -37,6 +42,7 @@ def written(file: Path, sync: bool = False) -> Iterator[Path]:
         if sync:
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
+        part.chmod(mode)  # as any new file's: safetensors leaves its own for the owner's eyes only
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)

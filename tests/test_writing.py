@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -47,14 +47,19 @@ def test_what_is_whole_takes_the_place(
         write(part)
         assert file.read_bytes() == b"as it was"
     assert file.stat().st_size > len(b"as it was") and list(tmp_path.iterdir()) == [file]
+    (tmp_path / "usual").touch()  # who may read it is the system's matter, not the writer's
+    assert file.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("write", FULL.values(), ids=FULL)
-def test_a_full_disk_is_called_that(tmp_path: Path, write: Callable[[Path], Any]) -> None:
-    file = tmp_path / "file"
+def test_a_full_disk_is_called_that(
+    tmp_path: Path, write: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, name = tmp_path / "file", UUID(int=1)
     file.write_bytes(b"as it was")
-    (tmp_path / f".file.{os.getpid()}.part").symlink_to("/dev/full")
+    monkeypatch.setattr("stitchvm.writing.uuid4", lambda: name)
+    (tmp_path / f".file.{name.hex}.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught, written(file) as part:
         write(part)
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(file)
