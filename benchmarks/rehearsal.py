@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rehearsal_check import rows, table
@@ -41,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = args.root.expanduser().resolve()
     if REPOSITORY in (root, *root.parents):
         raise SystemExit(f"rehearsal: {root} is inside the repository; give another --root")
-    enter(root)
-    write(root, args.scale, only)
-    if args.write:
-        return 0
+    enter(root)  # before anything that reads where the cache is, once, when it is imported
+    known = [*scaled_pipelines(args.scale), *scaled_rewards(args.scale)]
+    if unknown := sorted(set(only) - set(known)):
+        raise SystemExit(
+            f"rehearsal: --only {' '.join(unknown)}: expected some of {', '.join(known)}"
+        )
+    code = _apart(write, root, args.scale, only)
+    if code or args.write:
+        return code
     from rehearsal_run import run_all
 
     return run_all(root, args.scale, args.configs, args.out, args.device, args.seconds)
@@ -53,12 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(root: Path, scale: str, only: Sequence[str] = ()) -> None:
     """Writes what is not there yet: pipelines, rewards, data. Without `only`, everything."""
     pipelines, rewards = scaled_pipelines(scale), scaled_rewards(scale)
-    unknown = set(only) - pipelines.keys() - rewards.keys()
-    if unknown:
-        known = ", ".join([*pipelines, *rewards])
-        raise SystemExit(
-            f"rehearsal: --only {' '.join(sorted(unknown))}: expected some of {known}"
-        )
     root.mkdir(parents=True, exist_ok=True)
     note = root / DONE
     done = json.loads(note.read_text()) if note.is_file() else {"scale": scale, "names": []}
@@ -83,6 +83,18 @@ def write(root: Path, scale: str, only: Sequence[str] = ()) -> None:
         folder.mkdir(exist_ok=True)
         for name, config in ARCHITECTURES.items():
             (folder / f"{name}.json").write_text(json.dumps(config))
+
+
+def _apart(function: Callable[..., None], *args: object) -> int:
+    """Calls a function in a process of its own; returns that one's exit code.
+
+    Writing starts torch's threads, and a fork (as which the commands run) of a process with such threads waits for
+    ever at its first parallel loop.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode if process.exitcode is not None else 1
 
 
 def _rewards_in(only: Sequence[str]) -> bool:

@@ -24,6 +24,10 @@ ORDER = ("distill_", "plain_", "bon_", "dps_", "fks_", "eval_", "draft", "grpo_"
 WORLD = "world"
 STITCH_POINT = "[4,1]"  # where stage 1 cannot be run
 SHORTER = {  # roll-outs of fewer steps
+    "fks": tuple(
+        f"--model.sampler.init_args.{key}"
+        for key in ("num_steps=8", "resample_every=2", "resample_from=2", "resample_to=6")
+    ),
     "nft_stitched": ("--model.num_steps=10", "--model.stop=[5,7]"),
     "nft": ("--model.num_steps=8",),
     "grpo_fast": ("--model.num_steps=6", "--model.window=2", "--model.bounds=[0,3]"),
@@ -197,14 +201,17 @@ def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Pl
 
 def _sampling(name: str, base: Sequence[str], much: Sizes) -> Plan:
     # FK steering has a window of steps, which a shorter schedule would not have
-    steps = 40 if name.startswith("fks") else much.steps
+    window = name.startswith("fks")
+    steps = (8 if much.batch == 1 else 40) if window else much.steps
     more = [
         *_side(much, "model.height", "model.width"),
         f"--data.batch_size={much.batch}",
         "--trainer.limit_predict_batches=1",
     ]
-    if not name.startswith("fks"):
+    if not window:
         more.append(f"--model.sampler.init_args.num_steps={steps}")
+    elif much.batch == 1:
+        more += SHORTER["fks"]
     return Plan(name, (("predict", *base, *more),), steps, (f"runs/{name}/samples.jsonl",))
 
 

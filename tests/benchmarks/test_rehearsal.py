@@ -210,6 +210,15 @@ def test_only_the_folder_is_the_hub(tmp_path, monkeypatch):
     assert os.environ["STITCHVM_CACHE"] == str(tmp_path / "cache")
 
 
+def test_writing_is_a_process_of_its_own(tmp_path):
+    """It starts torch's threads, and after those a forked command would wait for ever in its first parallel loop."""
+    from rehearsal import _apart
+
+    assert _apart(os.mkdir, tmp_path / "made") == 0 and (tmp_path / "made").is_dir()
+    assert _apart(os.mkdir, tmp_path / "made") == 1
+    assert _apart(os._exit, 3) == 3  # of that process, not of this one
+
+
 def test_list_writes_nothing(capsys, tmp_path, monkeypatch):
     from rehearsal import main
 
