@@ -29,7 +29,12 @@ def keyed_normal(
 ) -> Tensor:
     """Returns standard normal noise (B, *shape), float32, each row drawn from its own key."""
     rows = [
-        torch.randn(*shape, generator=keyed_generator(*key, device=device), device=device)
+        torch.randn(
+            *shape,
+            generator=keyed_generator(*key, device=device),
+            device=device,
+            dtype=torch.float32,  # whatever the default is: the precision bf16-true changes it
+        )
         for key in keys
     ]
     return torch.stack(rows)
@@ -42,5 +47,5 @@ def keyed_uniform(
 
     They are drawn on the CPU and moved: a noise level is then the same on every kind of device.
     """
-    rows = [torch.rand(n, generator=keyed_generator(*key)) for key in keys]
+    rows = [torch.rand(n, generator=keyed_generator(*key), dtype=torch.float32) for key in keys]
     return torch.stack(rows).to(device)

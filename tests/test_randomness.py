@@ -29,3 +29,16 @@ def test_uniforms_are_in_the_unit_interval_and_keyed():
 def test_keys_are_not_confused_by_concatenation():
     a, b = keyed_generator(1, 23), keyed_generator(12, 3)
     assert a.initial_seed() != b.initial_seed()
+
+
+def test_the_default_dtype_does_not_matter():
+    keys = [(1, 2), (3, 4)]
+    expected = keyed_normal(keys, (5,)), keyed_uniform(keys, 5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = keyed_normal(keys, (5,)), keyed_uniform(keys, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(
+        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(found, expected, strict=True)
+    )

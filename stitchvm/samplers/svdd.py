@@ -11,6 +11,14 @@ from typing import Any
 
 from stitchvm.samplers.fk import FKSteering
 
+RESAMPLING = (
+    "resample_every",
+    "resample_from",
+    "resample_to",
+    "resampling",
+    "ess_threshold",
+)
+
 
 class SVDD(FKSteering):
     """`FKSteering` with M proposals at every step and no resampling.
@@ -32,8 +40,9 @@ class SVDD(FKSteering):
         proposal_share: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if "resample_every" in kwargs:
-            raise ValueError("SVDD never resamples: leave resample_every out, or take FKSteering.")
+        asked = [key for key in RESAMPLING if key in kwargs]
+        if asked:
+            raise ValueError(f"SVDD never resamples: leave {asked[0]} out, or take FKSteering.")
         super().__init__(
             particles=particles,
             proposals=proposals,

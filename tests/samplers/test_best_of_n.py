@@ -93,8 +93,11 @@ def test_errors_say_what_is_wrong() -> None:
         BestOfN(0)
     with pytest.raises(ValueError, match="by what"):
         BestOfN(2)(ClosedFormGenerator(WORLD), ["0"])
-    with pytest.raises(ValueError, match="SVDD never resamples"):
-        SVDD(2, resample_every=4)
+    for asked in ({"resample_every": 4}, {"resampling": "multinomial"}, {"ess_threshold": 0.5}):
+        with pytest.raises(
+            ValueError, match=f"SVDD never resamples: leave {next(iter(asked))} out"
+        ):
+            SVDD(2, **asked)
 
 
 def test_svdd_is_fk_steering_with_proposals_only() -> None:
