@@ -297,7 +297,7 @@ class Alignment(LeanCheckpoint):
         self.parts = AlignmentParts.build(self, device, mesh, prompts_of(self._trainer))
         self.stages = Stages(device)
         self.trained.extend(self.parts.policy.parameters().values())
-        self.mark = None if mesh is None else sharded_mark(mesh)
+        self.mark = sharded_mark(mesh)
         self.check_parts()
 
     @property

@@ -58,8 +58,13 @@ def shard_transformer(
     fully_shard(transformer, mesh=mesh, ignored_params=whole)
 
 
-def sharded_mark(mesh: DeviceMesh) -> nn.Parameter:
-    """Returns an unused weight in shards: Lightning reads a checkpoint only into a model that has one."""
+def sharded_mark(mesh: DeviceMesh | None) -> nn.Parameter:
+    """Returns an unused weight in shards: Lightning reads a checkpoint only into a model that has one.
+
+    Without ranks to shard over it is whole, so that the weights behind it have the same numbers in every checkpoint.
+    """
+    if mesh is None:
+        return nn.Parameter(torch.zeros(1), requires_grad=False)
     zeros = torch.zeros(mesh.size(), device=mesh.device_type)
     return nn.Parameter(distribute_tensor(zeros, mesh, [Shard(0)]), requires_grad=False)
 

@@ -147,6 +147,8 @@ def test_a_checkpoint_holds_the_policy_and_nothing_pretrained(saved):
     }
     assert state["alignment"]["method"] == "DRaFT"
     assert len(state["optimizer_states"][0]["state"]) == 2
+    # numbered as under FSDP2, where a mark comes before them
+    assert [group["params"] for group in state["optimizer_states"][0]["param_groups"]] == [[1, 2]]
 
 
 class OtherMethod(DRaFT):

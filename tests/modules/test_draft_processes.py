@@ -91,6 +91,30 @@ def test_two_processes_with_fsdp2_equal_one_and_checkpoints_are_exchanged(make, 
     assert_close(single, fit(root, "--ckpt_path", "last"))
 
 
+def test_all_weights_go_on_from_one_process_to_shards_and_back(make):
+    full = {
+        "policy": {"class_path": "stitchvm.adapters.full.PolicyWeights"},
+        "value": {"class_path": "stitchvm.values.terminal.TerminalFactory"},
+        "stop": None,
+        "backprop_steps": 1,
+        "lr": 1e-3,
+    }
+    whole = fit(make("full", max_steps=4, **full))
+    root = make("shards", max_steps=2, **full)
+    fit(root)
+    make("shards", strategy=FSDP2, max_steps=3, **full)
+    fit(root, "--ckpt_path", "last")
+    make("shards", max_steps=4, **full)
+    found = fit(root, "--ckpt_path", "last")
+    assert_close(whole, found)
+    moments = [s["optimizer_states"][0]["state"] for s in (whole, found)]
+    assert moments[0].keys() == moments[1].keys()
+    for number, state in moments[0].items():
+        torch.testing.assert_close(
+            moments[1][number]["exp_avg"], state["exp_avg"], rtol=1e-2, atol=1e-4
+        )
+
+
 def test_frozen_weights_in_bfloat16_on_shards(make, single):
     """LoRA is float32 beside them; the updates are those of one process, up to what bfloat16 leaves."""
     found = {}
