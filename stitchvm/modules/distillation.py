@@ -14,13 +14,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import Backbone
 from stitchvm.compilation import compile_forward, require_compiler
 from stitchvm.data.module import DataModule
 from stitchvm.modules.checkpoint import LeanCheckpoint
+from stitchvm.modules.learning_rate import DECAYS, check_decay, rates
 from stitchvm.modules.sharding import full_state, shard_value_model
 from stitchvm.modules.stage_one import SEARCH_FILE, ClosedFormStart, StageOne, textless
 from stitchvm.modules.throughput import ImagesPerSecond
@@ -108,7 +109,7 @@ class StitchDistillation(LeanCheckpoint):
             raise ValueError(
                 f"objective {objective!r}: expected 'representation' (Eq. 78) or 'aesthetic' (Eq. 79)"
             )
-        if decay not in ("none", "linear"):
+        if decay not in DECAYS:
             raise ValueError(f"decay {decay!r}: expected 'none' or 'linear'")
         if noise_levels < 1:
             raise ValueError(f"noise_levels = {noise_levels}: expected at least 1")
@@ -165,6 +166,7 @@ class StitchDistillation(LeanCheckpoint):
         self.latent_cache, self.seed = latent_cache, seed
         self.value_model: StitchedValueModel | None = None
         self._start: ClosedFormStart | None = None
+        self._trained = False
 
     # -- building ------------------------------------------------------------------------------------
 
@@ -178,6 +180,7 @@ class StitchDistillation(LeanCheckpoint):
             if self.stitch_point is None and found.is_file():
                 self.stitch_point = self.stage_one.read(found)
             return
+        check_decay(self.trainer, self.decay)
         start = None
         if self.trainer.is_global_zero:
             start = self.stage_one.start(
@@ -255,15 +258,7 @@ class StitchDistillation(LeanCheckpoint):
         optimizer = torch.optim.AdamW(
             groups, betas=self.betas, weight_decay=self.weight_decay, fused=self.fused
         )
-        total = float("inf")
-        if self.decay == "linear":
-            total = self.trainer.estimated_stepping_batches
-
-        def rate(step: int) -> float:
-            left = 1.0 if total == float("inf") else max(0.0, 1 - step / max(1, total))
-            return min(1.0, (step + 1) / max(1, self.warmup_steps)) * left
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        schedule = rates(self.trainer, optimizer, self.warmup_steps, self.decay)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -370,6 +365,7 @@ class StitchDistillation(LeanCheckpoint):
                 "another folder with --trainer.default_root_dir and start without --ckpt_path"
             )
         super().on_load_checkpoint(checkpoint)
+        self._trained = True
 
     def _fingerprints(self) -> dict[str, str]:
         """Which weights the stitch is between, in plain data; taken before they were sharded."""
@@ -381,9 +377,15 @@ class StitchDistillation(LeanCheckpoint):
         assert self.value_model is not None
         return {"backbone": self.value_model.backbone.id, "reward": self.teacher.id}
 
+    def on_validation_start(self) -> None:
+        """Warns if what is measured is no run's."""
+        if self.trainer.state.fn == "validate" and not self._trained:
+            rank_zero_warn("without --ckpt_path an untrained stitch is measured")
+
     def on_train_end(self) -> None:
         """Leaves the value model as a folder that `StitchedValueModel.from_pretrained` reads."""
         assert self.value_model is not None
+        self._trained = True
         if self.trainer.fast_dev_run:
             return
         state = full_state(self.value_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -264,6 +265,25 @@ def test_cached_latents_are_what_it_trains_on(config, monkeypatch, tmp_path, dec
     main(["fit", "--config", str(path)])
     assert cached == [True] * 4
     assert sum(encoded) == 4 + 32  # of stage 1, and every training image once
+
+
+def test_a_rate_that_falls_to_no_end_is_refused_before_stage_1(config, capsys):
+    trainer = {"max_steps": -1, "max_time": {"hours": 1}}
+    path, root = config(trainer=trainer, decay="linear", stitch_point=None)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path)])
+    assert "trainer.max_steps or trainer.max_epochs" in message(capsys)
+    assert not (root / "search.json").exists()
+
+
+def test_validating_no_checkpoint_says_so(config):
+    path, root = config()
+    main(["fit", "--config", str(path)])
+    with pytest.warns(UserWarning, match="without --ckpt_path an untrained stitch is measured"):
+        main(["validate", "--config", str(path)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="without --ckpt_path")
+        main(["validate", "--config", str(path), f"--ckpt_path={root}/checkpoints/last.ckpt"])
 
 
 def test_no_steps_are_no_error(config):
