@@ -57,6 +57,7 @@ def load_alignment(module: Alignment, checkpoint: dict[str, Any]) -> None:
     ):  # the first versions' checkpoints have no clock: from there on it counts from 0
         module.spent.load(checkpoint["spent"])
     module.load_method_state(checkpoint["method_state"])
+    module.note_loaded(checkpoint)
     if module._built.sharded and isinstance(module.policy, PolicyAdapters):
         # under FSDP2 the states are loaded by now, but those of whole weights mixed up among each other
         states = checkpoint.get("optimizer_states", [])

@@ -50,6 +50,15 @@ class LeanCheckpoint(LightningModule):
                 )
                 self.trainer.save_checkpoint(callback.last_model_path)
 
+    def note_loaded(self, checkpoint: dict[str, Any]) -> None:
+        """Lets its callbacks take a checkpoint's step for saved.
+
+        They would save it on an exception: over the file itself, and while the optimiser's state is not yet loaded.
+        """
+        for callback in [] if self._trainer is None else self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback._last_global_step_saved = checkpoint.get("global_step", 0)
+
     def how_to_go_on(self) -> str:
         """Returns what is kept, and what to do, when a run was interrupted."""
         callbacks = [
@@ -79,6 +88,7 @@ class LeanCheckpoint(LightningModule):
 
         A sharding strategy has taken the weights out of the checkpoint by now; the list says what they were.
         """
+        self.note_loaded(checkpoint)
         saved: dict[str, list[int]] = checkpoint["trained"]
         if "state_dict" in checkpoint:
             saved = shapes(checkpoint["state_dict"])

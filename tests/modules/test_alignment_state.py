@@ -102,6 +102,28 @@ def test_a_run_that_ctrl_c_ends_goes_on_bit_for_bit(where, tmp_path, ctrl_c):
     assert files[0]["Prompts"] == files[1]["Prompts"]
 
 
+def test_a_resume_that_fails_leaves_the_checkpoint_as_it_was(tmp_path, monkeypatch):
+    """When memory runs out while the optimiser's moments are loaded, the loops have counted the steps already."""
+
+    def kept() -> dict[str, Any]:
+        callback = ModelCheckpoint(tmp_path / "a", save_last=True, save_on_exception=True)
+        return {"enable_checkpointing": True, "callbacks": [callback]}
+
+    runs.fit(draft(), tmp_path, max_steps=2, **kept())
+    last = tmp_path / "a" / "last.ckpt"
+    before = last.read_bytes()
+
+    def fails(self: Any, state: dict[str, Any]) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.optim.Optimizer, "load_state_dict", fails)
+        runs.fit(draft(), tmp_path, max_steps=4, ckpt_path=last, **kept())
+    assert last.read_bytes() == before
+    runs.fit(draft(), tmp_path, max_steps=4, ckpt_path=last, **kept())
+    assert load(last)["global_step"] == 4
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["in an update", "in the evaluation before"])
 def test_texts_are_encoded_whatever_their_neighbours(tiny_sd3, tmp_path, before):
     """In a batch they would be rounded with each other, and a run that goes on encodes others together."""
