@@ -38,6 +38,8 @@ def check_settings(module: Alignment) -> None:
             f"model.lr = {lr}, clip = {clip}, ema_limit = {limit}: expected lr > 0, clip > 0 or null, and ema_limit in "
             "[0, 1]."
         )
+    if not all(0 <= beta < 1 for beta in module.betas):
+        raise ValueError(f"model.betas = {list(module.betas)}: expected two numbers in [0, 1).")
     sampler = module.evaluation.sampler
     if sampler is not None and (sampler.wants_value or sampler.particles > 1):
         raise ValueError(

@@ -24,6 +24,7 @@ BAD = [
     ({"max_skipped": 0}, "max_skipped = 0"),
     ({"lr": 0.0}, "lr = 0.0"),
     ({"clip": 0.0}, "clip = 0.0"),
+    ({"betas": (0.9, 1.0)}, r"betas = \[0.9, 1.0\]: expected two numbers in \[0, 1\)"),
     ({"ema_limit": 1.5}, "ema_limit = 1.5"),
     ({"warmup_steps": -1}, "warmup_steps = -1"),
     ({"weight_decay": -0.1}, "weight_decay = -0.1"),
