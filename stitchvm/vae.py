@@ -195,6 +195,12 @@ def latent_scaling(path: str) -> tuple[float, float] | None:
     try:
         file = resolve(path, allow_patterns=["vae/config.json"]) / "vae" / "config.json"
         config = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):
         return None
     return float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0)
+
+
+def scaling_of(backbone: Any) -> tuple[float, float] | None:
+    """Returns scale and shift of the latents that a backbone reads; None if that cannot be told."""
+    own: tuple[float, float] | None = getattr(backbone, "scaling", None)
+    return latent_scaling(backbone.id) if own is None else own

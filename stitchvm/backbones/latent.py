@@ -16,9 +16,20 @@ class LatentBackbone(Backbone):
     Arguments:
         channels: The channels C of the latents (16 for SD 3.5 and FLUX).
         max_depth: As for every backbone; the only depth there is is 0.
+        scale: The scaling factor of the VAE whose latents they are; a distillation notes it, and values refuse others.
+        shift: Its shift.
+
+    Attributes:
+        scaling: Scale and shift; None if nobody has said.
     """
 
-    def __init__(self, channels: int = 16, max_depth: int | None = None) -> None:
+    def __init__(
+        self,
+        channels: int = 16,
+        max_depth: int | None = None,
+        scale: float | None = None,
+        shift: float = 0.0,
+    ) -> None:
         super().__init__()
         if max_depth:
             raise ValueError(
@@ -30,9 +41,17 @@ class LatentBackbone(Backbone):
             )
         self.id = "latent"
         self.init_args = {"channels": channels}
+        self.scaling: tuple[float, float] | None = None
+        if scale is not None:
+            self.read_latents_of(scale, shift)
         self.num_blocks = 0
         self.loaded_blocks = 0
         self.latent_channels = channels
+
+    def read_latents_of(self, scale: float, shift: float) -> None:
+        """Notes the VAE's scale and shift, which a value model then keeps."""
+        self.scaling = scale, shift
+        self.init_args |= {"scale": scale, "shift": shift}
 
     def width(self, depth: int) -> int:
         """Returns the channels C of the latents."""

@@ -103,7 +103,7 @@ class AlignmentParts:
         size = latent_size(generator, module.size)
         encode_ahead(generator, prompts, module.prompts_ahead)
         value = module.value_factory(parts).to(device)  # before adapters are there, to be hashed
-        check_latent_space(value, generator)
+        check_latent_space(value, generator.vae)
         held_out = HeldOut(
             module.evaluation, parts, module.reward_factory, device, size, module.seed
         )

@@ -227,10 +227,7 @@ class StitchDistillation(LeanCheckpoint):
             raise ValueError(
                 "no stitch point: set model.stitch_point to [i, j], or run `stitchvm search` or `fit` first"
             )
-        make_backbone = cast(Callable[..., Backbone], self.stage_one.backbone)
-        backbone = make_backbone(max_depth=self.stitch_point[0])
-        self.teacher = self.stage_one.reward()
-        self.vae = self.stage_one.vae()
+        backbone, self.teacher, self.vae = self.stage_one.networks(self.stitch_point[0])
         model = StitchedValueModel(backbone, self.teacher, self.stitch_point)
         if self._start is not None:
             model.stitch.init_closed_form(self._start.W, self._start.b)

@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from stitchvm.generator import Generator
 from stitchvm.modules.board import Board, Key
 from stitchvm.modules.report import report
+from stitchvm.modules.sampling_parts import check_latent_space
 from stitchvm.modules.tasks import TASKS, Task, Texts
 from stitchvm.path import FlowPath
 from stitchvm.randomness import keyed_generator, keyed_normal
@@ -167,7 +168,7 @@ class ValueEvaluation(LightningModule):
         """Builds estimators and parts, once.
 
         Raises:
-            ValueError: If the reward cannot do what the task asks of it, or estimators are of other rewards.
+            ValueError: If the reward cannot do what the task asks of it, or estimators are of other rewards or latents.
         """
         if self.parts is not None:
             return
@@ -183,6 +184,8 @@ class ValueEvaluation(LightningModule):
                     "an evaluation of its own to each."
                 )
         self.vae = parts.vae if self.values else None
+        for value in self.values.values():
+            check_latent_space(value, self.vae)
         self.truth: MonteCarloValue | None = None
         if self.truth_images:
             self.truth = MonteCarloValue(

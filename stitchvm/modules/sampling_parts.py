@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stitchvm import api
-from stitchvm.hub import resolve
 from stitchvm.modules.judges import Judges
 from stitchvm.rewards.base import Reward
 from stitchvm.rewards.weighted import WeightedReward
+from stitchvm.vae import scaling_of
 from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import Value
 from stitchvm.values.parts import Parts, ValueFactory
@@ -59,7 +58,7 @@ class SamplingParts:
             if factory is None:
                 return None
             value = factory(parts).to(module.device)
-            check_latent_space(value, generator)
+            check_latent_space(value, generator.vae)
             return value
 
         value, final_value = built(module.value_factory), built(module.final_factory)
@@ -140,8 +139,8 @@ def latent_size(generator: Any, pixels: tuple[int, int] | None) -> tuple[int, in
     return api.latent_size(generator, *(pixels or (None, None))) or generator.default_size
 
 
-def check_latent_space(value: nn.Module, generator: Any) -> None:
-    """Sees to it that the value models in a value read the generator's latents.
+def check_latent_space(value: nn.Module, vae: Any) -> None:
+    """Sees to it that the value models in a value read a VAE's latents.
 
     Raises:
         ValueError: If one was made for latents of another number of channels, or of a VAE with another scale or shift.
@@ -150,23 +149,13 @@ def check_latent_space(value: nn.Module, generator: Any) -> None:
         if not isinstance(model, StitchedValueModel):
             continue
         backbone: Any = model.backbone
-        own, read = generator.latent_channels, backbone.latent_channels
-        mine, theirs = (generator.vae.scale, generator.vae.shift), vae_scales(backbone.id)
+        own, read = vae.latent_channels, backbone.latent_channels
+        mine, theirs = (vae.scale, vae.shift), scaling_of(backbone)
         wrong = None if own == read else f"{read} channels, not {own}"
         if wrong is None and theirs is not None and theirs != mine:
             wrong = f"scaling and shift {theirs}, not {mine}"
         if wrong is not None:
             raise ValueError(
-                f"the value model on {backbone.id} reads another latent space than that of {generator.id} ({wrong}): "
-                "its values would mean nothing. Distil one on a backbone with the generator's VAE."
+                f"the value model on {backbone.id} reads another latent space than that of {vae.id} ({wrong}): its "
+                "values would mean nothing. Distil one on a backbone with this VAE."
             )
-
-
-def vae_scales(path: str) -> tuple[float, float] | None:
-    """Returns scaling and shift of the VAE that belongs to a backbone; None where it cannot be told."""
-    try:
-        folder = resolve(path, allow_patterns=["vae/config.json"])
-        config = json.loads((folder / "vae" / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0)

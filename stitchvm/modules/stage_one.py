@@ -13,12 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, device
 
 from stitchvm.backbones.base import Backbone
+from stitchvm.backbones.latent import LatentBackbone
 from stitchvm.data.module import DataModule
 from stitchvm.data.prompts import PromptModule
 from stitchvm.results import write_results
 from stitchvm.rewards.base import Reward
 from stitchvm.search import CRITERIA, SearchResult, search
-from stitchvm.vae import VAE, latent_scaling
+from stitchvm.vae import VAE, scaling_of
 
 __all__ = ["ClosedFormStart", "StageOne", "read_stitch_point", "textless"]
 
@@ -85,6 +86,17 @@ class StageOne:
             "seed": seed,
         }
 
+    def networks(self, max_depth: int | None) -> tuple[Any, Any, Any]:
+        """Returns the backbone up to a depth (whole if None), the reward and the VAE.
+
+        Raises:
+            ValueError: If the VAE is another than the backbone's.
+        """
+        backbone = cast(Callable[..., Backbone], self.backbone)(max_depth=max_depth)
+        reward, vae = self.reward(), self.vae()
+        settle_latents(backbone, vae)
+        return backbone, reward, vae
+
     def run(
         self,
         datamodule: LightningDataModule | None,
@@ -106,9 +118,7 @@ class StageOne:
             )
         images = _with_images(datamodule)
         max_depth = max(depths) if depths is not None else None
-        backbone = cast(Callable[..., Backbone], self.backbone)(max_depth=max_depth).to(on)
-        reward, vae = self.reward().to(on), self.vae().to(on)
-        check_latents(backbone, vae)
+        backbone, reward, vae = (part.to(on) for part in self.networks(max_depth))
         num_images = settings["num_probes"] + settings["num_held_out"]
         return search(
             _probe_pixels(images, num_images),
@@ -182,9 +192,11 @@ class StageOne:
         return path
 
 
-def check_latents(backbone: Backbone, vae: VAE) -> None:
-    """Raises ValueError if the backbone's pipeline scales latents in another way than the VAE."""
-    there, here = latent_scaling(backbone.id), (vae.scale, vae.shift)
+def settle_latents(backbone: Backbone, vae: VAE) -> None:
+    """Raises ValueError if the VAE scales latents in another way than the backbone's; tells one that has none."""
+    there, here = scaling_of(backbone), (vae.scale, vae.shift)
+    if there is None and isinstance(backbone, LatentBackbone):
+        backbone.read_latents_of(*here)
     if there not in (None, here):
         raise ValueError(
             f"the latents of {backbone.id} have scale, shift {there}, those of the VAE {vae.id} {here}: another VAE, "

@@ -109,10 +109,15 @@ def _other_space(spec: dict[str, Any], generator: str | None) -> str:
         return ""
     theirs = latent_space(generator)
     name = spec["init_args"].get("path")
-    if name is None:  # the VAE-stitch baseline knows channels only
-        channels = spec["init_args"].get("channels")
-        if theirs is not None and channels not in (None, theirs.channels):
+    if name is None:  # the VAE-stitch baseline has no pipeline, but the VAE's numbers
+        known = spec["init_args"]
+        channels, scaling = known.get("channels"), (known.get("scale"), known.get("shift"))
+        if theirs is None:
+            return ""
+        if channels not in (None, theirs.channels):
             return f"reads latents of {channels} channels, {generator} makes {theirs}"
+        if scaling[0] is not None and scaling != (theirs.scale, theirs.shift):
+            return f"reads latents of scale, shift {scaling}, {generator} makes {theirs}"
         return ""
     own = latent_space(name)
     if own is not None and theirs is not None and own != theirs:

@@ -15,7 +15,7 @@ from stitchvm.backbones.loading import parse_dtype
 from stitchvm.cuda_graphs import Graphed
 from stitchvm.rewards.base import Reward
 from stitchvm.rewards.weighted import WeightedReward
-from stitchvm.vae import latent_scaling
+from stitchvm.vae import scaling_of
 from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import (
     BoundEstimator,
@@ -87,7 +87,7 @@ class StitchedValue(Value):
                     "the generator's VAE."
                 )
             scaling, own = (
-                latent_scaling(model.backbone.id),
+                scaling_of(model.backbone),
                 (generator.vae.scale, generator.vae.shift),
             )
             if lent is None and scaling not in (None, own):

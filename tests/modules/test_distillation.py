@@ -184,6 +184,22 @@ def test_latents_of_another_vae_are_refused(config, capsys, tiny_sd3, tmp_path):
     assert not (root / "checkpoints").exists()
 
 
+def test_a_vae_stitch_notes_whose_latents_it_reads(config):
+    latents = {"class_path": "stitchvm.backbones.latent.LatentBackbone"}
+    path, root = config(
+        backbone=latents | {"init_args": {"channels": 4}}, stitch_point=[0, 1], name="first"
+    )
+    main(["fit", "--config", str(path)])
+    made = json.loads((root / "value_model/config.json").read_text())["backbone"]
+    assert made["init_args"] == {"channels": 4, "scale": 1.5, "shift": 0.1}
+    assert StitchedValueModel.from_pretrained(root / "value_model").backbone.scaling == (1.5, 0.1)
+    main(["validate", "--config", str(path), f"--ckpt_path={root}/checkpoints/last.ckpt"])
+    other = latents | {"init_args": {"channels": 4, "scale": 1.0}}
+    path, _ = config(backbone=other, stitch_point=[0, 1], name="second")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path)])
+
+
 def test_prompts_are_no_images(config, capsys):
     path, _ = config()
     made = yaml.safe_load(path.read_text())

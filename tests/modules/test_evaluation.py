@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import pytest
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
+from stitchvm.backbones.latent import LatentBackbone
 from stitchvm.modules.evaluation import ValueEvaluation
 from stitchvm.modules.tasks import TASKS
 from stitchvm.randomness import keyed_normal
+from stitchvm.rewards.clip import CLIPReward
 from stitchvm.rewards.weighted import WeightedReward
+from stitchvm.vae import VAE
+from stitchvm.value_model import StitchedValueModel
 from stitchvm.values.base import Value
 from stitchvm.values.parts import Parts, ValueFactory
+from stitchvm.values.stitched import StitchedFactory
 from stitchvm.values.terminal import TerminalValue
 from tests.modules.evaluation_runs import (
     Data,
@@ -199,3 +205,26 @@ def test_terminal_needs_clean_latents(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="t = 0 only"):
         run(tmp_path, Data("aesthetic"), {"terminal": Factory()})
+
+
+def test_a_value_model_of_other_latents_is_refused(
+    tiny_sd3: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    reward = CLIPReward(model=f"local-dir:{tiny_clip}")
+    for name, scale in (("own", 1.5), ("other", 0.3611)):
+        backbone = LatentBackbone(4, scale=scale, shift=0.1)
+        StitchedValueModel(backbone, reward, (0, 1)).save_pretrained(tmp_path / name)
+    module = {
+        name: ValueEvaluation(
+            {"vae": StitchedFactory(str(tmp_path / name))},
+            reward=partial(CLIPReward, model=f"local-dir:{tiny_clip}"),
+            vae=partial(VAE, str(tiny_sd3)),
+            task="retrieval",
+        )
+        for name in ("own", "other")
+    }
+    for each in module.values():
+        each.task = TASKS["retrieval"]()
+    module["own"].configure_model()
+    with pytest.raises(ValueError, match=r"another latent space .*\(0\.3611, 0\.1\), not \(1\.5"):
+        module["other"].configure_model()

@@ -142,8 +142,12 @@ def test_a_value_model_of_another_latent_space(tiny_sd3, tiny_clip, tmp_path) ->
     (other / "vae" / "config.json").write_text(json.dumps(config))
     backbone = SD3Backbone(str(other), max_depth=3, dtype="float32", null_tokens=12)
     scaled = StitchedValueModel(backbone, clip, (2, 1)).save_pretrained(tmp_path / "scaled")
+    latents = LatentBackbone(4, scale=0.3611, shift=0.1)
+    stitch = StitchedValueModel(latents, clip, (0, 1)).save_pretrained(tmp_path / "vae")
     for path, share, message in [
         (wide, True, "16"),
+        (stitch, True, r"scale, shift \(0\.3611, 0\.1\) \(latent\)"),
+        (stitch, False, r"another latent space .*\(0\.3611, 0\.1\), not \(1\.5, 0\.1\)"),
         (wide, False, r"another latent space .*16 channels, not 4"),
         (scaled, False, r"another latent space .*\(0\.3611, 0\.1\), not \(1\.5, 0\.1\)"),
     ]:

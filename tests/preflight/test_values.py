@@ -82,6 +82,11 @@ def test_another_latent_space(hub, value_model):
     assert finding.state == "wrong" and "1.5305" in finding.detail and "0.3611" in finding.detail
     own = value_model(backbone=part("LatentBackbone", channels=4), stitch=(32, 4, 1, 1))
     assert "4 channels" in of(own).detail
+    latents = part("LatentBackbone", channels=16, scale=1.5305, shift=0.0609)
+    stitch = value_model(backbone=latents, stitch=(32, 16, 1, 1))
+    assert of(stitch).state == "ok"
+    told = of(stitch, generator=FLUX)
+    assert told.state == "wrong" and "(1.5305, 0.0609)" in told.detail
 
 
 def test_another_reward(hub, value_model):
