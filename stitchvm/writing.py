@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["written"]
+__all__ = ["readable", "written"]
 
 
 @contextmanager
@@ -46,6 +46,16 @@ def written(file: Path, sync: bool = False) -> Iterator[Path]:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def readable(folder: Path) -> None:
+    """Gives the safetensors files below a folder the mode of any new file, for what other libraries have written."""
+    probe = folder / f".{uuid4().hex}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _reason(part: Path, error: Exception) -> int | None:

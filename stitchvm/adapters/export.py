@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stitchvm._version import __version__
 from stitchvm.adapters.lora import PolicyAdapters, is_adapter_key
 from stitchvm.adapters.policy import DEFAULT, full_tensor
+from stitchvm.writing import readable
 
 __all__ = ["export_lora", "lora_card", "merged_transformer", "pipeline_of", "plain_class"]
 
@@ -93,6 +94,7 @@ def export_lora(
     )
     text = lora_card(policy, base_model, pipeline, name, call=call) if card is None else card
     (folder / CARD).write_text(text)
+    readable(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from stitchvm._version import __version__
 from stitchvm.adapters.export import CALL, CARD, pipeline_of, plain_class
 from stitchvm.adapters.full import PolicyWeights
 from stitchvm.adapters.policy import DEFAULT
+from stitchvm.writing import readable
 
 __all__ = ["export_transformer", "transformer_card"]
 
@@ -58,6 +59,7 @@ def export_transformer(
     plain.load_state_dict({k: v.cpu() for k, v in state.items()}, strict=True, assign=True)
     plain.save_pretrained(target)
     (folder / CARD).write_text(transformer_card(base_model, pipeline, kind.__name__, name, call))
+    readable(folder)
     return folder
 
 

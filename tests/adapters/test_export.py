@@ -94,6 +94,15 @@ def test_pipelines_load_it_and_paint_the_same_image(run: dict[str, Any]) -> None
     assert torch.equal(picture(pipeline), images["base"])
 
 
+def test_whoever_may_read_a_new_file_may_read_the_weights(run: dict[str, Any]) -> None:
+    folder = run["folder"] / "ema"
+    (folder / "usual").touch()
+    usual = (folder / "usual").stat().st_mode
+    (folder / "usual").unlink()
+    modes = {f.relative_to(folder).as_posix(): f.stat().st_mode for f in folder.rglob("*.s*")}
+    assert modes == dict.fromkeys([WEIGHTS, "peft/adapter_model.safetensors"], usual)
+
+
 def test_the_file_holds_the_weights_and_their_scale(run: dict[str, Any]) -> None:
     file = run["folder"] / "ema" / WEIGHTS
     weights = run["policy"].weights("ema")
