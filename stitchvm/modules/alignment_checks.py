@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_data",
+    "check_generator",
     "check_settings",
     "check_skipped",
     "check_trainer",
@@ -90,6 +91,16 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.strategy has tensor_parallel_size = {tensor}, so that as many devices would make the same update "
             "and shard nothing among each other: give it data_parallel_size, the number of all devices, and "
             "tensor_parallel_size: 1. (Lightning's defaults are the nodes, and the devices of a node.)"
+        )
+
+
+def check_generator(generator: Any) -> None:
+    """Raises ValueError if a generator is fine-tuned already: what is exported would not be of the pipeline it names."""
+    tuned = getattr(generator, "finetuned", None)
+    if tuned is not None:
+        raise ValueError(
+            f"model.generator.finetuned = {tuned!r}: fine-tuning begins at the pipeline's own weights. Go on from a run "
+            "with --ckpt_path; to train on a whole fine-tuned transformer, save a pipeline with it and give that as path."
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from stitchvm.adapters.full import PolicyWeights
 from stitchvm.adapters.lora import PolicyAdapters
 from stitchvm.adapters.policy import Policy
+from stitchvm.modules.alignment_checks import check_generator
 from stitchvm.modules.held_out import HeldOut
 from stitchvm.modules.judges import encoded_alone
 from stitchvm.modules.ranks import all_agree
@@ -99,6 +100,7 @@ class AlignmentParts:
             StitchedValueModel.read(path)
         parts = Parts(module.reward_factory, module.generator_factory)
         generator: Any = parts.generator
+        check_generator(generator)
         generator.to(device)  # before a value borrows its weights
         size = latent_size(generator, module.size)
         encode_ahead(generator, prompts, module.prompts_ahead)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from stitchvm.data.images import ImageFolder
 from stitchvm.data.prompts import Prompts
 from stitchvm.modules.alignment_checks import check_trainer
+from stitchvm.modules.alignment_parts import AlignmentParts
 from stitchvm.modules.held_out import Evaluation
 from stitchvm.samplers.best_of_n import BestOfN
 from stitchvm.samplers.fk import FKSteering
@@ -64,6 +66,12 @@ def test_devices_that_would_all_make_the_same_update():
             ValueError, match=r"tensor_parallel_size = 4, .*tensor_parallel_size: 1"
         ):
             check_trainer(trainer(**sizes))
+
+
+def test_a_generator_that_is_fine_tuned_already():
+    generator = SimpleNamespace(finetuned="runs/nft/lora")
+    with pytest.raises(ValueError, match="finetuned = 'runs/nft/lora': fine-tuning begins at"):
+        AlignmentParts.build(draft(generator=lambda: generator), torch.device("cpu"))
 
 
 def test_prompts_that_cannot_be_divided():
