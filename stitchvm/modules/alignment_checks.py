@@ -95,12 +95,13 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_generator(generator: Any) -> None:
-    """Raises ValueError if a generator is fine-tuned already: what is exported would not be of the pipeline it names."""
+    """Raises ValueError if a generator is fine-tuned already: the export would be of another than it names."""
     tuned = getattr(generator, "finetuned", None)
     if tuned is not None:
         raise ValueError(
-            f"model.generator.finetuned = {tuned!r}: fine-tuning begins at the pipeline's own weights. Go on from a run "
-            "with --ckpt_path; to train on a whole fine-tuned transformer, save a pipeline with it and give that as path."
+            f"model.generator.finetuned = {tuned!r}: fine-tuning begins at the pipeline's own weights. Go on from a "
+            "run with --ckpt_path; to train on a whole fine-tuned transformer, save a pipeline with it and give that "
+            "as path."
         )
 
 
