@@ -12,11 +12,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 __all__ = ["LeanCheckpoint"]
+
+
+class NoneAlone(Callback):
+    """Lets no process of several save on an exception that is its own.
+
+    It would wait at the end of saving for the others, who wait for it in another exchange, until that times out: nobody
+    would even see the exception. Ctrl-C and SIGTERM come to all.
+    """
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Comes before those that save, which stand last."""
+        if trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt | SystemExit):
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback.save_on_exception = False
 
 
 class LeanCheckpoint(LightningModule):
@@ -30,6 +47,10 @@ class LeanCheckpoint(LightningModule):
 
     def _own(self, key: str) -> bool:
         return not key.startswith(self.pretrained_prefixes)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds `NoneAlone`."""
+        return [NoneAlone()]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Leaves the last step of `max_steps` in last.ckpt, so that a longer run goes on from there.

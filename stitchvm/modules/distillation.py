@@ -333,7 +333,7 @@ class StitchDistillation(LeanCheckpoint):
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds images/s to the progress bar."""
-        return [ImagesPerSecond()]
+        return [*super().configure_callbacks(), ImagesPerSecond()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the stitch point, and which backbone and reward it is in."""

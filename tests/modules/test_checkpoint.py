@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.call import _call_callback_hooks
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from stitchvm.modules.checkpoint import LeanCheckpoint, renumber
@@ -15,6 +20,32 @@ class Half(LeanCheckpoint):
     def __init__(self) -> None:
         super().__init__()
         self.teacher, self.student = nn.Linear(2, 2), nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "exception", "saves"),
+    [
+        (1, MemoryError(), True),
+        (2, MemoryError(), False),  # of one of them, perhaps
+        (2, KeyboardInterrupt(), True),
+        (2, SIGTERMException(), True),
+    ],
+)
+def test_a_process_of_several_does_not_save_on_an_exception_of_its_own(
+    tmp_path, processes, exception, saves
+):
+    """Lightning's saving waits for all processes."""
+    kept = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_train_steps=9)
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[kept])
+    trainer.strategy.connect(Half())
+    trainer._callback_connector._attach_model_callbacks()
+    trainer.state.fn, kept._last_global_step_saved = TrainerFn.FITTING, -1
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer), "world_size", processes)
+        patch.setattr(trainer, "save_checkpoint", lambda *args: found.append(args))
+        _call_callback_hooks(trainer, "on_exception", exception)
+    assert bool(found) == saves
 
 
 @pytest.fixture
