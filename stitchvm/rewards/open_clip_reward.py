@@ -217,7 +217,11 @@ class OpenCLIPReward(Reward):
         device = self._device
         new = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
         fresh: dict[str, Tensor] = {}
-        with present(self.text, device, self.parked and bool(new)):
+        # in the tower's own dtype: what it says is kept, and not to depend on who asks for it first
+        with (
+            present(self.text, device, self.parked and bool(new)),
+            torch.autocast(device.type, enabled=False),
+        ):
             for k in range(0, len(new), TEXT_BATCH):
                 part = new[k : k + TEXT_BATCH]
                 e = self.text.encode_text(self.tokenizer(part).to(device))

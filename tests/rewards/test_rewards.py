@@ -92,6 +92,14 @@ def test_prompts_are_encoded_once(folder, monkeypatch):
         reward.encode_text("a red circle")
 
 
+def test_what_is_kept_of_a_prompt_does_not_depend_on_autocast(folder):
+    expected = CLIPReward(folder).encode_text(PROMPTS)
+    reward = CLIPReward(folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reward.encode_text(PROMPTS), expected)
+    assert torch.equal(reward.encode_text(PROMPTS), expected)
+
+
 def test_old_prompts_are_forgotten(folder, monkeypatch):
     monkeypatch.setattr("stitchvm.rewards.open_clip_reward.TEXT_CACHE", 2)
     reward = CLIPReward(folder)
