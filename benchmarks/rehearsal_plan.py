@@ -190,12 +190,19 @@ def _alignment(name: str, base: Sequence[str], much: Sizes, overlay: Path) -> Pl
         more += ["--model.rollout_batch=4", "--model.fraction=0.2"]  # of the levels of each image
     if much.batch == 1:  # real networks on a CPU, where a pass takes ten seconds
         more += next((list(n) for start, n in SHORTER.items() if name.startswith(start)), [])
-    pipeline = next(p.id for key, p in PIPELINES.items() if name.endswith(key))
+    key, pipeline = next((key, p.id) for key, p in PIPELINES.items() if name.endswith(key))
+    lora, samples = f"runs/{name}/lora", f"runs/{name}/samples"
+    plain = _sampling("plain", ("--config", str(CONFIGS / f"plain_{key}.yaml"), *base[2:]), much)
+    tuned = f"--model.generator.init_args.finetuned={lora}"
     return Plan(
         name,
-        (*_resumed(name, base, more, overlay), (RELOAD, pipeline, f"runs/{name}/lora")),
+        (
+            *_resumed(name, base, more, overlay),
+            (RELOAD, pipeline, lora),
+            (*plain.commands[0], tuned, f"--trainer.default_root_dir={samples}"),
+        ),
         4,
-        (f"runs/{name}/lora/pytorch_lora_weights.safetensors",),
+        (f"{lora}/pytorch_lora_weights.safetensors", f"{samples}/samples.jsonl"),
     )
 
 
