@@ -7,17 +7,12 @@ FK steering with proposals only: N chains that know nothing of each other, never
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from stitchvm.samplers.fk import FKSteering
 
-RESAMPLING = (
-    "resample_every",
-    "resample_from",
-    "resample_to",
-    "resampling",
-    "ess_threshold",
-)
+RESAMPLING = ("resample_from", "resample_to", "resampling", "ess_threshold")
 
 
 class SVDD(FKSteering):
@@ -40,7 +35,10 @@ class SVDD(FKSteering):
         proposal_share: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        asked = [key for key in RESAMPLING if key in kwargs]
+        # a configuration names all settings, most with what they are by default
+        usual = signature(FKSteering).parameters
+        asked = [k for k in RESAMPLING if k in kwargs and kwargs[k] != usual[k].default]
+        asked += ["resample_every"] if "resample_every" in kwargs else []
         if asked:
             raise ValueError(f"SVDD never resamples: leave {asked[0]} out, or take FKSteering.")
         super().__init__(

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from stitchvm.generator import Generator
+from stitchvm.samplers.base import Sampler
 from stitchvm.samplers.best_of_n import BestOfN
 from stitchvm.samplers.fk import FKSteering
 from stitchvm.samplers.plain import PlainSampler
@@ -98,6 +100,18 @@ def test_errors_say_what_is_wrong() -> None:
             ValueError, match=f"SVDD never resamples: leave {next(iter(asked))} out"
         ):
             SVDD(2, **asked)
+
+
+def test_svdd_is_named_by_configurations() -> None:
+    """Which name every setting of FK steering that it takes, with its default."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Sampler, "sampler")
+    named = {"class_path": "stitchvm.samplers.svdd.SVDD", "init_args": {"proposals": 3}}
+    made = parser.instantiate(parser.parse_object({"sampler": named})).sampler
+    assert isinstance(made, SVDD) and made.proposals == 3 and not made.resampling_steps
+    named["init_args"]["ess_threshold"] = 0.5
+    with pytest.raises(ValueError, match="SVDD never resamples: leave ess_threshold out"):
+        parser.instantiate(parser.parse_object({"sampler": named}))
 
 
 def test_svdd_is_fk_steering_with_proposals_only() -> None:
