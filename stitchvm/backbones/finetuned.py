@@ -8,6 +8,7 @@ training.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from stitchvm.backbones.loading import read_model_class
 from stitchvm.hub import resolve
 
-__all__ = ["CONFIG", "LORA", "load_transformer", "lora_problem"]
+__all__ = ["CONFIG", "LORA", "load_transformer", "lora_problem", "network_problem"]
 
 LORA = "pytorch_lora_weights.safetensors"
 CONFIG = "transformer/config.json"
+# what of a configuration two transformers of one class differ in, such as SD 3.5 Medium's and Large's
+NUMBERS = (
+    "num_layers",
+    "num_single_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "joint_attention_dim",
+)
 
 
 def load_transformer(
@@ -46,9 +55,10 @@ def load_transformer(
     if finetuned is not None:
         tuned = resolve(finetuned, allow_patterns=[LORA, "transformer/*"])
         if (tuned / CONFIG).is_file():
-            found = read_model_class(finetuned, tuned)
-            if found != kind:
-                raise ValueError(f"'{finetuned}' holds a {found}, but the pipeline has a {kind}")
+            ours, theirs = (json.loads((place / CONFIG).read_text()) for place in (folder, tuned))
+            problem = network_problem(ours, theirs)
+            if problem is not None:
+                raise ValueError(f"'{finetuned}' {problem}")
             folder, tuned = tuned, None
     transformer = getattr(diffusers, kind).from_pretrained(
         folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
@@ -56,6 +66,24 @@ def load_transformer(
     if tuned is not None:
         _add_lora(transformer, tuned, str(finetuned), dtype)
     return transformer.requires_grad_(False).eval()
+
+
+def network_problem(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """Returns why a transformer cannot take the place of a pipeline's, or None.
+
+    Arguments:
+        ours: The configuration of the pipeline's.
+        theirs: That of the other.
+    """
+    kinds = [config.get("_class_name") for config in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        return f"holds a {kinds[1]}, but the pipeline has a {kinds[0]}"
+    for name in NUMBERS:
+        if name in ours and name in theirs and ours[name] != theirs[name]:
+            return (
+                f"is of another model: its {name} is {theirs[name]}, the pipeline's {ours[name]}"
+            )
+    return None
 
 
 def lora_problem(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stitchvm.backbones.finetuned import CONFIG, LORA, lora_problem
+from stitchvm.backbones.finetuned import CONFIG, LORA, lora_problem, network_problem
 from stitchvm.preflight.findings import Finding
-from stitchvm.preflight.pipelines import STEM, check_transformer, transformer_config
+from stitchvm.preflight.pipelines import STEM, check_transformer, read_json
 from stitchvm.preflight.places import Place, find
 from stitchvm.preflight.tensors import AGAIN, BrokenFile, find_weights, read_header, read_weights
 
@@ -26,11 +26,14 @@ def check_finetuned(part: str, name: str, pipeline: Place) -> Iterator[Finding]:
         yield place.absent(part)
         return
     if (place.folder / CONFIG).is_file():
-        ours, theirs = (transformer_config(n) or {} for n in (pipeline.name, name))
-        kinds = [config.get("_class_name") for config in (ours, theirs)]
-        if kinds[0] != kinds[1]:
-            detail = f"holds a {kinds[1]}, the pipeline has a {kinds[0]}"
-            yield Finding(part, name, "wrong", detail, "give what was trained on this pipeline")
+        try:
+            assert pipeline.folder is not None
+            ours, theirs = (read_json(f / CONFIG) for f in (pipeline.folder, place.folder))
+            problem = network_problem(ours, theirs)
+        except (OSError, BrokenFile):  # said of the pipeline itself, or below
+            problem = None
+        if problem is not None:
+            yield Finding(part, name, "wrong", problem, "give what was trained on this pipeline")
             return
         yield from check_transformer(part, "Generator", place)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stitchvm.adapters.export import WEIGHTS, export_lora
 from stitchvm.adapters.export_full import export_transformer
 from stitchvm.adapters.full import PolicyWeights
 from stitchvm.adapters.lora import PolicyAdapters
-from stitchvm.backbones.finetuned import LORA
+from stitchvm.backbones.finetuned import CONFIG, LORA
 from stitchvm.backbones.sd3 import SD3Backbone
 from stitchvm.generator import Generator
 from stitchvm.rewards.clip import CLIPReward
@@ -127,6 +128,9 @@ def test_what_is_not_for_it(tiny_sd3: Path, tiny_flux: Path, tmp_path: Path) -> 
     generator = Generator(str(tiny_flux), text_tokens=12)
     policy = policy_of(generator, PolicyWeights)
     export_transformer(policy, tmp_path / "flux-full", base_model="x", name="ema")
+    other = json.loads((tiny_sd3 / CONFIG).read_text())
+    (tmp_path / "large/transformer").mkdir(parents=True)
+    (tmp_path / "large" / CONFIG).write_text(json.dumps(other | {"num_layers": 38}))
     assert LORA == WEIGHTS
     given = load_file(tmp_path / "sd3" / LORA)
     key = next(key for key in given if ".lora_A." in key)
@@ -141,6 +145,11 @@ def test_what_is_not_for_it(tiny_sd3: Path, tiny_flux: Path, tmp_path: Path) -> 
     for name, error, message in (
         ("flux", ValueError, "another model: the transformer has no 'single_transformer_blocks"),
         ("flux-full", ValueError, "holds a FluxTransformer2DModel, but the pipeline has a SD3"),
+        (
+            "large",
+            ValueError,
+            "large' is of another model: its num_layers is 38, the pipeline's 5",
+        ),
         ("text", ValueError, "'text_encoder.a.lora_A.weight', expected LoRA weights of a"),
         ("none", ValueError, "holds nothing"),
         ("half", ValueError, "not whole: 'transformer.*A.weight' has no B"),

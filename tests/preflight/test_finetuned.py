@@ -19,6 +19,8 @@ from stitchvm.preflight.walk import check
 from tests.preflight.conftest import FLUX, MEDIUM, part, replace, run
 from tests.preflight.conftest import snapshot as folder_of
 
+LARGE = "stabilityai/stable-diffusion-3.5-large"
+
 
 def network(cache: Path, id: str):
     """The transformer of the rehearsal's small checkpoint."""
@@ -29,9 +31,9 @@ def network(cache: Path, id: str):
     return kind.from_pretrained(folder, subfolder="transformer")
 
 
-def found(path: Path, id: str = MEDIUM):
+def found(path: Path, id: str = MEDIUM, **more: str):
     """What is found of a generator with it, apart from the pipeline's own parts."""
-    findings = check(run(generator=part("Generator", path=id, finetuned=path)))
+    findings = check(run(generator=part("Generator", path=id, finetuned=path, **more)))
     return [f for f in findings if f.part.endswith(".finetuned")]
 
 
@@ -47,10 +49,28 @@ def test_what_is_for_the_pipeline_is_ok(hub: Path, lora: Path, tmp_path: Path) -
     export_transformer(PolicyWeights(network(hub, MEDIUM)), whole, base_model=MEDIUM)
     (finding,) = found(whole)
     assert (finding.state, finding.what) == ("ok", f"{whole}/transformer")
+    (finding,) = found(whole, LARGE)
+    assert (
+        finding.state == "wrong" and "of another model: its num_attention_heads" in finding.detail
+    )
     (finding,) = found(whole, FLUX)
     assert finding.state == "wrong" and "holds a SD3Transformer2DModel" in finding.detail
     (finding,) = found(lora, FLUX)
     assert finding.state == "wrong" and "the transformer has no" in finding.detail
+
+
+def test_a_pipeline_of_another_revision(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the cache has nothing else."""
+    whole = tmp_path / "full"
+    export_transformer(PolicyWeights(network(hub, MEDIUM)), whole, base_model=MEDIUM)
+    snapshots = tmp_path / "hub" / f"models--{MEDIUM.replace('/', '--')}" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / "v1").symlink_to(folder_of(hub, MEDIUM))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (finding,) = found(whole, revision="v1")
+    assert finding.state == "ok", finding.detail
 
 
 def test_what_is_not(lora: Path, tmp_path: Path) -> None:
