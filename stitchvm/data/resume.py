@@ -14,7 +14,8 @@ has to do nothing for it. A checkpoint holds, under the data module's class name
   same sample, rounded down to a whole global batch.
 - seed and length of the data set: if they differ, the order cannot be continued and a warning says so.
 
-An evaluation that was interrupted begins again. (Lightning would make as many batches as were left, the first ones.)
+- whether an evaluation that follows the last batch was not made to its end: it begins again. (Lightning would make as
+  many batches as were left, the first ones, or none, if the checkpoint was written between the batch and it.)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 
 
 class Stream:
@@ -68,6 +70,7 @@ class Stream:
             "epoch": self.position[0],
             "batch": self.position[1] - again,
             "again": again,
+            "evaluation": not again and evaluation_left(trainer),
             "shift": self.shift,
             "seed": self.seed,
             "num_samples": self.num_samples,
@@ -111,18 +114,34 @@ def made(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
-def settle(progress: dict[str, Any], batch: int, again: int) -> None:
+def evaluation_left(trainer: Trainer | None) -> bool:
+    """Returns whether an evaluation that follows the last batch is not made to its end, if the batch is."""
+    if trainer is None:
+        return False
+    if trainer.validating:
+        return trainer.state.status == TrainerStatus.INTERRUPTED
+    loop = trainer.fit_loop.epoch_loop
+    between = loop.batch_progress.total.completed < loop.batch_progress.total.ready
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return between and loop._should_check_val_fx(fetcher)
+
+
+def settle(progress: dict[str, Any], batch: int, again: int, evaluation: bool) -> None:
     """Lets Lightning's count of batches in a checkpoint end with those that count, if the run was interrupted.
 
     Arguments:
         progress: The count.
         batch: The batches of the epoch that count.
         again: How many more were handed over, and are again; if none, an interrupted one has made its step.
+        evaluation: Whether the run goes on with the evaluation that follows the batch.
     """
     back = progress["current"]["processed"] - batch
     for counts in (progress["total"], progress["current"]):
-        if again or counts["ready"] > counts["processed"]:
-            counts.update(dict.fromkeys(counts, counts["processed"] - back))
+        count = counts["processed"] - back
+        if again or evaluation:
+            counts.update(dict.fromkeys(counts, count))
+        elif counts["ready"] > counts["processed"]:  # what follows a step is still to be done
+            counts.update(dict.fromkeys(counts, count), completed=count - 1)
     if again:
         progress["is_last_batch"] = False
 
@@ -138,6 +157,7 @@ class ConvertProgress(Callback):
     def __init__(self, key: str, stream: Callable[[], Stream]) -> None:
         self.key = key
         self.stream = stream
+        self._stepped: int | None = None
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -147,9 +167,24 @@ class ConvertProgress(Callback):
         progress = loops.get("epoch_loop.batch_progress")
         if not state or progress is None:
             return
-        settle(progress, state["batch"], state.get("again", 0))
-        evaluation = loops["epoch_loop.val_loop.batch_progress"]["current"]
-        evaluation.update(dict.fromkeys(evaluation, 0))
+        again, left = state.get("again", 0), state.get("evaluation", False)
+        settle(progress, state["batch"], again, left)
+        if again:
+            self._stepped = loops["epoch_loop.state_dict"]["_batches_that_stepped"]
+        evaluation = loops["epoch_loop.val_loop.batch_progress"]
+        evaluation["current"] = dict.fromkeys(evaluation["current"], 0)
+        done = evaluation["total"]["completed"]  # one is begun, or none: so Lightning tells
+        evaluation["total"].update(
+            ready=done + left, started=done + left, processed=done, completed=done
+        )
         current = progress["current"]
         step = self.stream().convert(current["ready"], state) - current["ready"]
         progress["current"] = {key: count + step for key, count in current.items()}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs a batch that is made again at its step: Lightning counts one more where it passes an evaluation over."""
+        if self._stepped is not None:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self._stepped
+            self._stepped = None

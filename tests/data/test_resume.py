@@ -75,7 +75,15 @@ class Recorder(pl.LightningModule):
         self.noise.append(float(torch.rand(())))
         if self.stop == ("before the step", len(self.seen)):
             raise KeyboardInterrupt
+        if not self.automatic_optimization:
+            self.optimizers().step()
+            if self.stop == ("with the step", len(self.seen)):
+                raise KeyboardInterrupt
         return self.weight * batch["pixels"].mean()
+
+    def on_validation_start(self) -> None:
+        if self.stop == ("before an evaluation", len(self.validated)):
+            raise KeyboardInterrupt
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.validated += batch["index"].tolist()
@@ -94,10 +102,13 @@ def fit(
     estimate: bool = False,
     data: DataModule | None = None,
     stop: tuple[str, int] | None = None,
+    every: int = 100,
+    manual: bool = False,
     **kwargs: Any,
 ) -> tuple[Recorder, pl.Trainer]:
-    """Trains; with `save` leaves a checkpoint of every step there, or with `stop` one of where it was interrupted."""
-    kept = {"every_n_train_steps": 1} if stop is None else {"every_n_train_steps": 100}
+    """Trains; with `save` leaves a checkpoint of every step there, or with `stop` one of where it was interrupted,
+    and of `every` so many steps."""
+    kept = {"every_n_train_steps": 1 if stop is None else every}
     kept |= {"save_top_k": -1, "save_on_exception": stop is not None}
     callbacks = [] if save is None else [ModelCheckpoint(save, "{step}", **kept)]
     kwargs = {"max_epochs": 3, "val_check_interval": 2, "devices": 1, **kwargs}
@@ -111,7 +122,7 @@ def fit(
         **kwargs,
     )
     module = Recorder(estimate)
-    module.stop = stop
+    module.stop, module.automatic_optimization = stop, not manual
     with nullcontext() if stop is None else pytest.raises(SystemExit):
         trainer.fit(module, datamodule=data or NumbersData(), ckpt_path=ckpt, weights_only=True)
     return module, trainer
@@ -184,19 +195,22 @@ def test_resume_with_another_global_batch(whole: tuple[Seen, Path]) -> None:
     ) == 11
 
 
-@pytest.mark.parametrize("batches", [3, 5, 6, 8, 10, 11])
-@pytest.mark.parametrize("when", ["before the step", "after the step"])
+@pytest.mark.parametrize("batches", [2, 3, 5, 6, 9, 10])
+@pytest.mark.parametrize("when", ["before the step", "with the step", "after the step"])
 def test_an_interrupted_batch_is_made_again_unless_it_has_made_its_step(
     whole: tuple[Seen, Path], tmp_path: Path, when: str, batches: int
 ) -> None:
-    """In the middle of an epoch, at its first and at its last batch; evaluations stay where they were."""
+    """In the middle of an epoch, at its first and at its last batch, and before an evaluation; these stay where they
+    were, and so do the logs' steps."""
     seen, _ = whole
-    module, trainer = fit(save=tmp_path, stop=(when, batches))
+    manual = when == "with the step"
+    module, trainer = fit(save=tmp_path, stop=(when, batches), manual=manual)
     steps = trainer.global_step
     assert steps == batches - (when == "before the step") and module.seen == seen[:batches]
     (file,) = tmp_path.iterdir()
-    again, trainer = fit(file)
+    again, trainer = fit(file, manual=manual)
     assert again.seen == seen[steps:] and trainer.global_step == 15
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 15
     # 2 evaluations of 7 in each epoch of 5
     assert len(module.validated) - 7 + len(again.validated) == 6 * 7  # 7 before training
 
@@ -223,12 +237,19 @@ def test_batches_accumulated_for_an_interrupted_step_are_made_again(
     assert again.seen == seen[first:] and trainer.global_step == 9
 
 
-def test_an_interrupted_evaluation_begins_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [100, 1])
+@pytest.mark.parametrize(
+    ("when", "validated"), [("before an evaluation", 4), ("in an evaluation", 8)]
+)
+def test_an_interrupted_evaluation_begins_again(
+    tmp_path: Path, when: str, validated: int, every: int
+) -> None:
+    """From a checkpoint of the interrupted run, or from that of the step before the evaluation."""
     data = {"data": NumbersData(batch_size=2), "max_epochs": 1, "val_check_interval": 3}
-    stop = ("in an evaluation", 4 + 4)  # 2 batches before training, then the second of 4
-    module, trainer = fit(save=tmp_path, stop=stop, **data)
-    assert trainer.global_step == 3 and module.validated == [0, 1, 2, 3] * 2
-    (file,) = tmp_path.iterdir()
+    # 2 batches before training, then the first or the second of 4
+    module, trainer = fit(save=tmp_path, stop=(when, validated), every=every, **data)
+    assert trainer.global_step == 3 and len(module.validated) == validated
+    file = max(tmp_path.iterdir())
     again, trainer = fit(file, **data | {"data": NumbersData(batch_size=2)})
     assert again.validated == list(range(7)) * 3 and trainer.global_step == 11
 
