@@ -9,12 +9,16 @@ all the same.
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+
+from stitchvm.interruption import uninterrupted
 
 __all__ = ["LeanCheckpoint"]
 
@@ -36,6 +40,34 @@ class NoneAlone(Callback):
                     callback.save_on_exception = False
 
 
+class WholeSteps(Callback):
+    """Lets an interrupt wait until a step that Lightning makes is made, counted, and followed by its schedule.
+
+    Else a checkpoint would hold weights of half a step, or the next step's rate would be that of the one before.
+    """
+
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Begins to wait, once the gradients are there."""
+        if pl_module.automatic_optimization:
+            self._held.enter_context(uninterrupted())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Lets the interrupt come."""
+        self._held.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Waits no longer; the run ends already."""
+        with suppress(KeyboardInterrupt):
+            self._held.close()
+
+
 class LeanCheckpoint(LightningModule):
     """A LightningModule whose checkpoints leave out the parts named in `pretrained_prefixes`."""
 
@@ -49,8 +81,8 @@ class LeanCheckpoint(LightningModule):
         return not key.startswith(self.pretrained_prefixes)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds `NoneAlone`."""
-        return [NoneAlone()]
+        """Adds `NoneAlone` and `WholeSteps`."""
+        return [NoneAlone(), WholeSteps()]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Leaves the last step of `max_steps` in last.ckpt, so that a longer run goes on from there.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -46,6 +49,62 @@ def test_a_process_of_several_does_not_save_on_an_exception_of_its_own(
         patch.setattr(trainer, "save_checkpoint", lambda *args: found.append(args))
         _call_callback_hooks(trainer, "on_exception", exception)
     assert bool(found) == saves
+
+
+class Cut(torch.optim.SGD):
+    """Gets a Ctrl-C, or runs out of memory, in the middle of its third step."""
+
+    steps, error = 0, False
+
+    def step(self, closure=None):
+        loss = closure()
+        self.steps += 1
+        for place, parameter in enumerate(self.param_groups[0]["params"]):
+            if (self.steps, place) == (3, 1):
+                os.kill(os.getpid(), signal.SIGINT)
+                if self.error:
+                    raise MemoryError
+            parameter.data -= self.param_groups[0]["lr"]
+        return loss
+
+
+class TwoWeights(LeanCheckpoint):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.zeros(())) for _ in "ab")
+
+    def training_step(self, batch, batch_idx):
+        return self.a + self.b
+
+    def configure_optimizers(self):
+        optimizer = Cut(self.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2.0**step)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_ctrl_c_cuts_no_step_of_lightnings_in_two(tmp_path, monkeypatch, error):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(Cut, "error", error)
+    kept = ModelCheckpoint(tmp_path, save_last=True, save_on_exception=True)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[kept], max_steps=5, **quiet)
+    try:
+        with pytest.raises(MemoryError if error else SystemExit):
+            trainer.fit(TwoWeights(), torch.utils.data.DataLoader(range(9)))
+        if error:
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            return
+    finally:
+        signal.signal(signal.SIGINT, before)
+    found = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert found["state_dict"] == {"a": torch.tensor(-7.0), "b": torch.tensor(-7.0)}  # 1 + 2 + 4
+    assert found["global_step"] == 3 and found["lr_schedulers"][0]["last_epoch"] == 3
+    progress = found["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    assert progress["ready"] == progress["processed"] == 3
 
 
 @pytest.fixture
