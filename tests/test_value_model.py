@@ -75,6 +75,15 @@ def test_shares_given_parts(model, parts, tmp_path):
     assert loaded.reward is parts[1]
 
 
+def test_a_vae_stitch_tells_a_given_backbone_whose_latents_it_reads(parts, tmp_path):
+    made = StitchedValueModel(LatentBackbone(4, scale=1.5, shift=0.1), parts[1], (0, 1))
+    folder = made.save_pretrained(tmp_path / "value")
+    given = LatentBackbone(4)
+    assert given.scaling is None
+    StitchedValueModel.from_pretrained(folder, backbone=given, reward=parts[1])
+    assert given.scaling == (1.5, 0.1)
+
+
 def test_what_it_shares_stays_where_it_is(model, tiny_clip, tmp_path):
     folder = model.save_pretrained(tmp_path / "value")
     reward = CLIPReward(model=f"local-dir:{tiny_clip}")

@@ -18,9 +18,6 @@ class LatentBackbone(Backbone):
         max_depth: As for every backbone; the only depth there is is 0.
         scale: The scaling factor of the VAE whose latents they are; a distillation notes it, and values refuse others.
         shift: Its shift.
-
-    Attributes:
-        scaling: Scale and shift; None if nobody has said.
     """
 
     def __init__(
@@ -41,7 +38,6 @@ class LatentBackbone(Backbone):
             )
         self.id = "latent"
         self.init_args = {"channels": channels}
-        self.scaling: tuple[float, float] | None = None
         if scale is not None:
             self.read_latents_of(scale, shift)
         self.num_blocks = 0
@@ -50,8 +46,13 @@ class LatentBackbone(Backbone):
 
     def read_latents_of(self, scale: float, shift: float) -> None:
         """Notes the VAE's scale and shift, which a value model then keeps."""
-        self.scaling = scale, shift
         self.init_args |= {"scale": scale, "shift": shift}
+
+    @property
+    def scaling(self) -> tuple[float, float] | None:
+        """Scale and shift of the latents; None if nobody has said."""
+        known = self.init_args
+        return (known["scale"], known["shift"]) if "scale" in known else None
 
     def width(self, depth: int) -> int:
         """Returns the channels C of the latents."""
