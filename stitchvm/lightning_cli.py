@@ -255,7 +255,7 @@ def commands_of(module: LightningModule | type) -> list[str]:
     ]
 
 
-def parse(argv: list[str], class_path: str | None = None) -> None:
+def parse(argv: list[str], class_path: Any = None) -> None:
     """Parses what follows a command as a run does, and exits as it does where something is no option of it.
 
     Arguments:
@@ -263,10 +263,10 @@ def parse(argv: list[str], class_path: str | None = None) -> None:
         class_path: The module's class, which tells which command it is for; `fit` if it cannot be told.
     """
     quiet()
-    place, _, name = (class_path or "").rpartition(".")
+    place, _, name = str(class_path).rpartition(".")
     try:
         command = commands_of(getattr(import_module(place), name))[0]
-    except (AttributeError, ImportError, IndexError, ValueError):  # the parser has words for it
+    except Exception:  # no class, or a module that cannot be imported: the parser has words for it
         command = "fit"
     ParsedCLI(args=[command, *argv], command=command)
 

@@ -84,9 +84,15 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
         ("fit", "distill_flux_aesthetic", "--model.lr=much"),
         ("test", "eval_samples", "--trainer.max_stops=1"),
         ("fit", "nft_sd35m", "--model.class_path=stitchvm.modules.nft.Nothing"),
+        ("predict", "plain_sd35m", "--model=3"),
+        ("predict", "plain_sd35m", "--model.class_path=unfinished.Mine"),
     ],
 )
-def test_what_a_run_refuses_is_refused_in_its_words(hub, capsys, run, config, flag):
+def test_what_a_run_refuses_is_refused_in_its_words(
+    hub, capsys, tmp_path, monkeypatch, run, config, flag
+):
+    (tmp_path / "unfinished.py").write_text("class Mine(")
+    monkeypatch.syspath_prepend(tmp_path)
     path = str(CONFIGS / f"{config}.yaml")
     code, said = command(capsys, "--config", path, flag)
     with pytest.raises(SystemExit) as exit_:
