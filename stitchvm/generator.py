@@ -60,7 +60,7 @@ class Generator(nn.Module):
         compile: Whether to compile the transformer's blocks and the VAE's decoder with `torch.compile`, or the name
             of a backend to do it with. On a GPU a step takes about 0.6 of the time, once it is compiled.
         finetuned: What a fine-tuning left, a folder or hub id: LoRA weights, or a `transformer/` in place of its own.
-            Values on the same transformer see it as it was.
+            Stitched values on the same transformer see it as it was; Tweedie and Monte Carlo values ask what samples.
 
     Attributes:
         id: What it was loaded from; `finetuned` stands beside it.
