@@ -104,12 +104,13 @@ class LeanCheckpoint(LightningModule):
                 self.trainer.save_checkpoint(callback.last_model_path)
 
     def note_loaded(self, checkpoint: dict[str, Any]) -> None:
-        """Lets its callbacks take a checkpoint's step for saved.
+        """Lets callbacks that save on exceptions take a checkpoint's step for saved.
 
-        They would save it on an exception: over the file itself, and while the optimiser's state is not yet loaded.
+        They would save it again: over the file itself, and while the optimiser's state is not yet loaded. Others, such
+        as one that keeps the best of evaluations, have perhaps not seen the step.
         """
         for callback in [] if self._trainer is None else self.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
+            if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
                 callback._last_global_step_saved = checkpoint.get("global_step", 0)
 
     def how_to_go_on(self) -> str:

@@ -14,7 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
+from stitchvm.data.module import DataModule
 from stitchvm.modules.checkpoint import LeanCheckpoint, renumber
+from tests.data.test_resume import Numbers
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 
 
 class Half(LeanCheckpoint):
@@ -76,6 +80,9 @@ class TwoWeights(LeanCheckpoint):
     def training_step(self, batch, batch_idx):
         return self.a + self.b
 
+    def validation_step(self, batch, batch_idx):
+        self.log("a", self.a)
+
     def configure_optimizers(self):
         optimizer = Cut(self.parameters(), lr=1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2.0**step)
@@ -90,8 +97,9 @@ def test_ctrl_c_cuts_no_step_of_lightnings_in_two(tmp_path, monkeypatch, error):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(Cut, "error", error)
     kept = ModelCheckpoint(tmp_path, save_last=True, save_on_exception=True)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    trainer = Trainer(accelerator="cpu", callbacks=[kept], max_steps=5, **quiet)
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[kept], max_steps=5, limit_val_batches=0, **QUIET
+    )
     try:
         with pytest.raises(MemoryError if error else SystemExit):
             trainer.fit(TwoWeights(), torch.utils.data.DataLoader(range(9)))
@@ -105,6 +113,27 @@ def test_ctrl_c_cuts_no_step_of_lightnings_in_two(tmp_path, monkeypatch, error):
     assert found["global_step"] == 3 and found["lr_schedulers"][0]["last_epoch"] == 3
     progress = found["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     assert progress["ready"] == progress["processed"] == 3
+
+
+def test_the_best_of_evaluations_is_kept_also_where_a_run_goes_on_with_one(tmp_path):
+    """From the checkpoint of the step that is evaluated, which another callback has saved."""
+
+    class Data(DataModule):
+        def fit_data(self):
+            return Numbers(20), Numbers(2)
+
+    def fit(steps, **kwargs):
+        last = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, **saves)
+        best = ModelCheckpoint(tmp_path / "best", "{step}", monitor="a", save_top_k=-1)
+        options = {"max_steps": steps, "val_check_interval": 2, "num_sanity_val_steps": 0} | QUIET
+        trainer = Trainer(accelerator="cpu", callbacks=[last, best], **options)
+        trainer.fit(TwoWeights(), datamodule=Data(1, 4, 0), weights_only=True, **kwargs)
+        return {file.name for file in (tmp_path / "best").iterdir()}
+
+    saves = {"save_on_exception": True}
+    assert fit(2) == {"step=2.ckpt"}
+    (tmp_path / "best" / "step=2.ckpt").unlink()  # as if it had been killed before
+    assert fit(4, ckpt_path=tmp_path / "last.ckpt") == {"step=2.ckpt", "step=4.ckpt"}
 
 
 @pytest.fixture
