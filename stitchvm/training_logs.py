@@ -1,8 +1,9 @@
 """The scalars that runs of `stitchvm fit` leave for TensorBoard, read back as curves over what training has cost.
 
-A run is one folder. Whenever it is resumed it begins another event file; of what an earlier file has, everything from
-the later one's first step on is dropped: that is what was done again. So each step is there once, also after a kill
-between two checkpoints, and a run that began anew in its folder counts alone.
+A run is one folder. Whenever it is resumed it begins another event file; of what an earlier file has, everything after
+the later one's first step is dropped: that is what was done again. At that step the later one adds an evaluation that
+had been left to the training there. So each step is there once, also after a kill between two checkpoints, and a run
+that began anew in its folder counts alone.
 
     {"step": optimiser steps, "updates", "samples", "seconds", "device_seconds", "cpu_seconds", "value"}
 
@@ -37,7 +38,8 @@ def read_scalars(run: str | Path) -> dict[str, dict[int, float]]:
         if not steps:
             continue
         first = min(steps)
-        kept = {tag: {s: x for s, x in xs.items() if s < first} for tag, xs in found.items()}
+        before = first + 1 if first else 0  # at 0 a run begins
+        kept = {tag: {s: x for s, x in xs.items() if s < before} for tag, xs in found.items()}
         found = {tag: kept.get(tag, {}) | scalars.get(tag, {}) for tag in kept | scalars}
     return {tag: dict(sorted(points.items())) for tag, points in found.items() if points}
 

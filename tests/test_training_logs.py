@@ -107,6 +107,12 @@ def test_a_real_run_that_was_resumed(tmp_path):
     curve = read_curve(read_scalars(root), "val/fake")
     assert [p["step"] for p in curve] == [0, 1, 2, 3, 4] and curve[:2] == first[:2]
     assert [p["samples"] for p in curve] == [0, 8, 16, 24, 32]
+    assert [*read_scalars(root)["train/loss"]] == [
+        1,
+        2,
+        3,
+        4,
+    ]  # the second file begins with val/ of step 1
     assert [p["value"] for p in curve[:4]] == [p["value"] for p in first]  # resuming is exact
     for name in ("seconds", "device_seconds", "cpu_seconds"):
         costs = [p[name] for p in curve]
