@@ -99,7 +99,7 @@ def build_latent_cache(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         check_manifest(folder, manifest)
-    elif rank == 0:  # processes of two nodes may have one number, and would write to one file
+    elif rank == 0:  # once is enough
         with written(folder / MANIFEST, sync=True) as part:
             part.write_text(json.dumps(manifest, indent=2))
     todo = [
