@@ -223,7 +223,7 @@ class Generator(nn.Module):
         Prompts that are not in the cache are encoded in one batch.
 
         Raises:
-            ValueError: If there are no prompts.
+            ValueError: If there are no prompts, or one text in their place.
         """
         return self._memory(prompts, self.device)
 

@@ -335,6 +335,9 @@ def test_bad_inputs(sd3: Generator, tiny_sd3: Path, tmp_path: Path) -> None:
         sd3.velocity(torch.randn(3, 4, 8, 8), torch.rand(3), cond)
     with pytest.raises(ValueError, match="no prompts"):
         sd3.encode_prompts([])
+    for encode in (sd3.encode_prompts, sd3.encode_ahead):
+        with pytest.raises(ValueError, match="are one text, 'a red circle': put it into a list"):
+            encode("a red circle")
     with pytest.raises(FileNotFoundError, match="no diffusers pipeline"):
         Generator(str(tmp_path))
     with pytest.raises(ValueError, match=r"expected 1 \.\.\. 512"):

@@ -46,9 +46,9 @@ class PromptMemory:
         """Returns the condition of B prompts; those that are not kept are encoded in one batch.
 
         Raises:
-            ValueError: If there are no prompts.
+            ValueError: If there are no prompts, or one text in their place.
         """
-        texts = list(prompts)
+        texts = listed(prompts) or []
         known = {text: c for text in texts if (c := self._lookup(text)) is not None}
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         if missing or not texts:
@@ -65,7 +65,7 @@ class PromptMemory:
 
     def encode_ahead(self, prompts: Sequence[str], device: torch.device) -> None:
         """Encodes prompts one by one with one encoder in memory at a time, keeps them all, and frees the encoders."""
-        distinct = list(dict.fromkeys(prompts))
+        distinct = list(dict.fromkeys(listed(prompts) or []))
         self.limit = max(self.limit, len(distinct))
         known = {text: c for text in distinct if (c := self._lookup(text)) is not None}
         missing = [text for text in distinct if text not in known]
@@ -90,3 +90,14 @@ class PromptMemory:
         """Keeps a new condition on disk, if asked."""
         if self._store is not None:
             self._store.put(text, condition)
+
+
+def listed(prompts: Sequence[str] | None) -> list[str] | None:
+    """Returns prompts as a list.
+
+    Raises:
+        ValueError: If they are one text: its letters would be prompts.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"the prompts are one text, {prompts!r}: put it into a list.")
+    return None if prompts is None else list(prompts)

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stitchvm.backbones.prompts import listed
 from stitchvm.deferral import Deferred, sent
 from stitchvm.randomness import keyed_generator
 from stitchvm.samplers.field import Field, Shared
 from stitchvm.samplers.sde import Kernel, check_levels
 from stitchvm.schedule import sigma_grid
-from stitchvm.values.base import Bindable, listed
+from stitchvm.values.base import Bindable
 
 
 @dataclass

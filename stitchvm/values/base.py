@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stitchvm.backbones.base import PrefixState
+from stitchvm.backbones.prompts import listed
 from stitchvm.deferral import require
 from stitchvm.rewards.average import score_of_average
 from stitchvm.rewards.base import Reward
@@ -245,17 +246,6 @@ class BoundEstimator(BoundValue):
         if isinstance(generator, Sequence):  # a single one is repeated, too: one for each latent
             generator = [generator[i if len(generator) > 1 else 0] for i in places]
         return type(self)(self.value, prompts, text, generator)
-
-
-def listed(prompts: Sequence[str] | None) -> list[str] | None:
-    """Returns prompts as a list.
-
-    Raises:
-        ValueError: If they are one text: its letters would be prompts.
-    """
-    if isinstance(prompts, str):
-        raise ValueError(f"the prompts are one text, {prompts!r}: put it into a list.")
-    return None if prompts is None else list(prompts)
 
 
 def match(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stitchvm.backbones.prompts import listed
 from stitchvm.rewards.base import Reward
 from stitchvm.rewards.weighted import WeightedReward, joined, sum_of
 from stitchvm.values.base import (
@@ -27,7 +28,6 @@ from stitchvm.values.base import (
     Part,
     Prefixes,
     Value,
-    listed,
     same_level,
 )
 from stitchvm.values.parts import Parts, ValueFactory
