@@ -5,6 +5,8 @@ The stitching layer then reads the noisy latent itself; nothing knows the noise 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from stitchvm.backbones.base import Backbone, PrefixState
@@ -51,7 +53,7 @@ class LatentBackbone(Backbone):
     @property
     def scaling(self) -> tuple[float, float] | None:
         """Scale and shift of the latents; None if nobody has said."""
-        known = self.init_args
+        known: dict[str, Any] = dict(self.init_args)
         return (known["scale"], known["shift"]) if "scale" in known else None
 
     def width(self, depth: int) -> int:
