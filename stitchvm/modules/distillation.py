@@ -132,6 +132,8 @@ class StitchDistillation(LeanCheckpoint):
         for name, number in least.items():
             if not 0 <= number < float("inf"):
                 raise ValueError(f"{name} = {number}: expected a finite number of at least 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas = {list(betas)}: expected two numbers in [0, 1)")
         self.stitch_point: tuple[int, int] | None = (
             (stitch_point[0], stitch_point[1]) if stitch_point is not None else None
         )

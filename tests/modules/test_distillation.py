@@ -157,6 +157,7 @@ def test_the_loss_falls(config):
         ({"lambda_sc": 0.5}, "lambda_sc = 0.5"),
         ({"noise_law": STRATIFIED}, "stratified"),
         ({"lr": -1e-3}, "lr = -0.001: expected a finite number of at least 0"),
+        ({"stitch_point": None, "betas": [0.9, 1.0]}, "betas = [0.9, 1.0]: expected two numbers"),
         ({"warmup_steps": -4}, "warmup_steps = -4"),
         ({"lambda_tok": -1.0}, "lambda_tok = -1.0"),
     ],
