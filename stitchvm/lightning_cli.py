@@ -26,6 +26,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -53,6 +54,13 @@ LEFT = {"search": ("search.json",), "fit": ("checkpoints", "value_model", "lora"
 
 class StitchTrainer(Trainer):
     """Lightning's Trainer and stage 1."""
+
+    def _run_stage(self) -> Any:
+        """Lets a run that was interrupted after its last step leave its weights, though no step is left to be made."""
+        results = super()._run_stage()
+        if self.state.fn == TrainerFn.FITTING and self.fit_loop.restarting:  # nothing has run
+            call._call_lightning_module_hook(self, "on_train_end")
+        return results
 
     def search(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Runs stage 1 over all stitch points and writes search.json and heat maps."""

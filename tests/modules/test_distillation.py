@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from stitchvm.cli import main
 from stitchvm.data.images import ImageFolder
@@ -340,3 +341,20 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(config, capsys, monkeypat
     assert runs.checkpoint(root)["global_step"] == 2
     main(["fit", "--config", str(path), "--ckpt_path", "last"])
     assert runs.checkpoint(root)["global_step"] == 4
+
+
+def test_a_run_that_is_interrupted_after_its_last_step_still_leaves_its_value_model(
+    config, monkeypatch
+):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    path, root = config(trainer={"max_steps": 2})
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StitchDistillation, "on_train_end", interrupted)
+        main(["fit", "--config", str(path)])
+    assert not (root / "value_model").exists()
+    main(["fit", "--config", str(path), "--ckpt_path", "last"])
+    made = load_file(root / "value_model/model.safetensors")
+    trained = runs.checkpoint(root)["state_dict"]
+    assert all(torch.equal(trained[f"value_model.{key}"], x) for key, x in made.items())
