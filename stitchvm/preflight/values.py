@@ -26,7 +26,11 @@ IDENTITY = ("model", "checkpoint", "version", "head")
 
 
 def check_value_model(
-    part: str, path: str, generator: str | None = None, reward: dict[str, Any] | None = None
+    part: str,
+    path: str,
+    generator: str | None = None,
+    reward: dict[str, Any] | None = None,
+    vae: str | None = None,
 ) -> Iterator[Finding]:
     """Yields what is found of a value model, and of the backbone and the reward that it brings along.
 
@@ -35,6 +39,7 @@ def check_value_model(
         path: Its folder or hub id.
         generator: What makes the latents that it is to value, if the run has a generator.
         reward: Class path and arguments of the reward that it is to be used with, if the run names one.
+        vae: What makes them instead, if the run has a VAE of its own, as evaluations do.
     """
     place = find(path)
     if place.folder is None:
@@ -62,7 +67,7 @@ def check_value_model(
     problem = (
         _other_blocks(spec, shapes)
         or _other_tower(made, shapes)
-        or _other_space(spec, generator)
+        or _other_space(spec, vae or generator)
         or _other_reward(made, reward)
     )
     if problem:
@@ -104,7 +109,7 @@ def _other_tower(made: dict[str, Any], shapes: Shapes) -> str:
 
 
 def _other_space(spec: dict[str, Any], generator: str | None) -> str:
-    """Returns in what the value model's latents are not the generator's, or ""."""
+    """Returns in what the value model's latents are not the generator's, or the VAE's, or ""."""
     if generator is None:
         return ""
     theirs = latent_space(generator)

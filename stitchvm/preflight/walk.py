@@ -28,10 +28,10 @@ def check(config: dict[str, Any]) -> list[Finding]:
     found: dict[tuple[str, str, str], Finding] = {}
     model = config.get("model") or {}
     run = _arguments(model)
-    generator = _path(run.get("generator"))
+    made_by = _path(run.get("generator")), _path(run.get("vae"))
     parts = [("model", model, run.get("reward")), ("data", config.get("data") or {}, None)]
     for name, part, reward in parts:
-        for finding in _walk(name, part, generator, reward):
+        for finding in _walk(name, part, made_by, reward):
             found.setdefault((finding.what, finding.state, finding.detail), finding)
     for finding in [*_one_space(run), *_checkpoint(config.get("ckpt_path"))]:
         found[finding.what, finding.state, finding.detail] = finding
@@ -40,19 +40,22 @@ def check(config: dict[str, Any]) -> list[Finding]:
 
 
 def _walk(
-    part: str, node: Any, generator: str | None, reward: dict[str, Any] | None
+    part: str,
+    node: Any,
+    made_by: tuple[str | None, str | None],
+    reward: dict[str, Any] | None,
 ) -> Iterator[Finding]:
-    """Yields the findings of a component and of all below it."""
+    """Yields the findings of a component and of all below it; generator and VAE make the latents of the run."""
     if isinstance(node, list):
         for k, item in enumerate(node):
-            yield from _walk(f"{part}[{k}]", item, generator, reward)
+            yield from _walk(f"{part}[{k}]", item, made_by, reward)
         return
     if not isinstance(node, dict):
         return
     if "class_path" not in node:
         own = node.get("reward", reward) if "value" in node else reward  # a term of a sum
         for key, item in node.items():
-            yield from _walk(f"{part}.{key}", item, generator, own)
+            yield from _walk(f"{part}.{key}", item, made_by, own)
         return
     kind = str(node["class_path"]).rpartition(".")[2]
     arguments = _arguments(node)
@@ -64,12 +67,13 @@ def _walk(
         yield from rewards.CHECKS[kind](part, arguments)
     elif kind == "StitchedFactory":
         named = _named(reward)
-        yield from check_value_model(part, str(arguments["path"]), generator, named)
+        generator, vae = made_by
+        yield from check_value_model(part, str(arguments["path"]), generator, named, vae)
     elif kind in data.CHECKS:
         yield from data.CHECKS[kind](part, arguments)
     else:
         for key, item in (node.get("init_args") or {}).items():
-            yield from _walk(f"{part}.{key}", item, generator, reward)
+            yield from _walk(f"{part}.{key}", item, made_by, reward)
 
 
 def _arguments(node: Any) -> dict[str, Any]:

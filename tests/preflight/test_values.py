@@ -87,6 +87,13 @@ def test_another_latent_space(hub, value_model):
     assert of(stitch).state == "ok"
     told = of(stitch, generator=FLUX)
     assert told.state == "wrong" and "(1.5305, 0.0609)" in told.detail
+    # an evaluation has a VAE
+    for wrote in (lambda: value_model(backbone=latents, stitch=(32, 16, 1, 1)), value_model):
+        value = wrote()
+        for vae, state in ((MEDIUM, "ok"), (FLUX, "wrong")):
+            config = run(estimators={"it": value}, reward=CLIP, vae=part("VAE", path=vae))
+            found = [f for f in check(config) if f.what == value["init_args"]["path"]]
+            assert [f.state for f in found] == [state]
 
 
 def test_another_reward(hub, value_model):
