@@ -6,7 +6,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 __all__ = ["Terminated", "exit_code", "stop_on_sigterm", "uninterrupted"]
 
@@ -28,15 +30,23 @@ def stop_on_sigterm() -> None:
 def uninterrupted() -> Iterator[None]:
     """Lets what is inside come to its end before SIGINT and SIGTERM do what they do; in the main thread only."""
     waiting: list[Callable[[], object]] = []
-    before = {}
+    inside, before = True, {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: handler for number, handler in before.items() if callable(handler)}
-    for number, handler in before.items():
-        signal.signal(number, lambda *how, handler=handler: waiting.append(lambda: handler(*how)))
+
+    def later(handler: Any, *how: Any) -> None:
+        if inside:
+            waiting.append(partial(handler, *how))
+        else:  # another signal has kept the handler from being put back
+            handler(*how)
+
     try:
+        for number, handler in before.items():
+            signal.signal(number, partial(later, handler))
         yield
     finally:
+        inside = False
         for number, handler in before.items():
             signal.signal(number, handler)
         for raise_it in waiting:

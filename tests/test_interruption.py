@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,33 @@ def test_what_must_not_be_cut_in_two_comes_to_its_end(handler, number: int) -> N
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with uninterrupted():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("place", [2, 3])
+def test_a_signal_at_either_end_leaves_no_other_waiting_for_ever(
+    handler, monkeypatch, place: int
+) -> None:
+    """Between the handlers of SIGINT and SIGTERM, when one of them is in its place and the other is not."""
+    stop_on_sigterm()
+    kinds = {2: signal.SIGTERM, 3: signal.SIGINT}
+    put, calls = signal.signal, []
+
+    def interrupted(number: int, handler: Any) -> Any:
+        calls.append(number)
+        if len(calls) == 2 == place:
+            os.kill(os.getpid(), kinds[place])  # SIGINT waits already, SIGTERM does not
+        before = put(number, handler)
+        if len(calls) == 3 == place:
+            os.kill(os.getpid(), kinds[place])  # SIGINT waits no longer, SIGTERM does
+        return before
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(signal, "signal", interrupted)
+        with uninterrupted():
+            pass
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
 
 
 def test_other_threads_hold_nothing_up() -> None:
