@@ -107,11 +107,19 @@ def lora_problem(
         weight = network.get(f"{module}.weight")
         if weight is None:
             return f"it is of another model: the transformer has no '{module}'"
-        side = {"A.weight": 1, "B.weight": 0}.get(half)
-        if side is not None and shape[side] != weight[side]:
+        if half not in ("A.weight", "B.weight"):
+            continue
+        side = 1 if half == "A.weight" else 0
+        if len(shape) != len(weight) or shape[side] != weight[side]:
             return f"it is of another model: '{key}' has shape {tuple(shape)}, for weights of {tuple(weight)}"
-        if half == "A.weight" and key.replace(".lora_A.", ".lora_B.") not in lora:
-            return f"it is not whole: '{key}' has no B"
+        missing = "AB"[side]
+        other = lora.get(f"{key.removesuffix(half)}{missing}.weight")
+        if other is None:
+            return f"it is not whole: '{key}' has no {missing}"
+        if len(other) == len(shape) and shape[1 - side] != other[side]:
+            return (
+                f"it is damaged: '{key}' has rank {shape[1 - side]}, its {missing} {other[side]}"
+            )
     return None
 
 

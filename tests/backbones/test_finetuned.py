@@ -139,6 +139,9 @@ def test_what_is_not_for_it(tiny_sd3: Path, tiny_flux: Path, tmp_path: Path) -> 
         "none": {},
         "half": {key: given[key]},
         "wide": given | {key: torch.zeros(32, 7)},
+        "flat": given | {key: torch.zeros(3)},
+        "rank": given | {key: given[key][:7].clone()},
+        "no-a": {k: x for k, x in given.items() if k != key},
     }.items():
         (tmp_path / name).mkdir()
         save_file(weights, tmp_path / name / LORA)
@@ -158,6 +161,9 @@ def test_what_is_not_for_it(tiny_sd3: Path, tiny_flux: Path, tmp_path: Path) -> 
             ValueError,
             r"another model: '.*' has shape \(32, 7\), for weights of \(\d+, \d+\)",
         ),
+        ("flat", ValueError, r"another model: '.*' has shape \(3,\), for weights of"),
+        ("rank", ValueError, "damaged: '.*A.weight' has rank 7, its B 32"),
+        ("no-a", ValueError, "not whole: 'transformer.*B.weight' has no A"),
         ("nowhere", FileNotFoundError, "no such file or folder"),
         (".", FileNotFoundError, "neither pytorch_lora_weights.safetensors nor transformer/"),
     ):
