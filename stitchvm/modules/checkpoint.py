@@ -27,7 +27,7 @@ class NoneAlone(Callback):
     """Lets no process of several save on an exception that is its own.
 
     It would wait at the end of saving for the others, who wait for it in another exchange, until that times out: nobody
-    would even see the exception. Ctrl-C and SIGTERM come to all.
+    would even see the exception. Ctrl-C and SIGTERM come to all, as a rule at the same place.
     """
 
     def on_exception(
