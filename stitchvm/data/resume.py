@@ -43,6 +43,7 @@ class Stream:
         self.global_batch = global_batch
         self.position = (0, 0)
         self.shift = 0
+        self._begun = 0
         self._resumed: tuple[int, int] | None = None
         self._made: tuple[int, int] | None = None
 
@@ -60,7 +61,9 @@ class Stream:
         resumed, self._resumed = self._resumed, None
         if resumed is not None and 0 < resumed[1] < loop.max_batches:
             self.shift = resumed[0] - epoch
+            self._begun = resumed[1]
             return resumed
+        self._begun = batch
         return epoch + self.shift, batch
 
     def state_dict(self, trainer: Trainer | None = None) -> dict[str, Any]:
@@ -83,6 +86,8 @@ class Stream:
             return 0
         progress, (steps, ended) = trainer.fit_loop.epoch_loop.batch_progress, made(trainer)
         accumulated: int = progress.current.processed % trainer.accumulate_grad_batches
+        # of a run that accumulates otherwise than the one before: none of that one's
+        accumulated = min(accumulated, self.position[1] - self._begun - (ended == self._made[1]))
         if ended == self._made[1]:  # in the batch, before its step or after it
             return accumulated + 1 if steps == self._made[0] else 0
         # an epoch's last batch makes a step, whatever is accumulated

@@ -237,6 +237,21 @@ def test_batches_accumulated_for_an_interrupted_step_are_made_again(
     assert again.seen == seen[first:] and trainer.global_step == 9
 
 
+def test_batches_of_a_step_that_was_made_are_not_made_again_by_a_run_that_accumulates_more(
+    whole: tuple[Seen, Path], tmp_path: Path
+) -> None:
+    seen, _ = whole
+    options = {"val_check_interval": 1.0, "accumulate_grad_batches": 2}
+    fit(save=tmp_path / "a", stop=("after the step", 4), **options)
+    (file,) = (tmp_path / "a").iterdir()
+    options["accumulate_grad_batches"] = 3
+    module, trainer = fit(file, tmp_path / "b", stop=("before the step", 1), **options)
+    assert module.seen == seen[4:5]
+    trainer.save_checkpoint(tmp_path / "b.ckpt")  # by itself it has not: there was no step
+    module, _ = fit(tmp_path / "b.ckpt", **options)
+    assert module.seen == seen[4:]
+
+
 @pytest.mark.parametrize("every", [100, 1])
 @pytest.mark.parametrize(
     ("when", "validated"), [("before an evaluation", 4), ("in an evaluation", 8)]
