@@ -183,6 +183,7 @@ class StitchDistillation(LeanCheckpoint):
                 self.stitch_point = self.stage_one.read(found)
             return
         check_decay(self.trainer, self.decay)
+        self.stage_one.check_resumed(self._config(), self.stitch_point, self._run_folder())
         start = None
         if self.trainer.is_global_zero:
             start = self.stage_one.start(

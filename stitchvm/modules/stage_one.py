@@ -129,6 +129,26 @@ class StageOne:
             **settings,
         )
 
+    def check_resumed(
+        self, config: Any, stitch_point: tuple[int, int] | None, folder: Path
+    ) -> None:
+        """Raises ValueError if a run goes on and nothing says at which stitch point: a search may find another.
+
+        Arguments:
+            config: The run's whole configuration, whose `ckpt_path` it goes on from; or None.
+            stitch_point: The point that is given, or None.
+            folder: The run's folder, which may hold a search.json.
+        """
+        found, path = folder / SEARCH_FILE, (config or {}).get("ckpt_path")
+        last = folder / "checkpoints" / "last.ckpt"
+        goes_on = last.is_file() if path == "last" else path is not None
+        if stitch_point is None and goes_on and not found.is_file():
+            raise ValueError(
+                f"--ckpt_path {path}: nothing says at which stitch point it was made, for there is no {found}: use the "
+                "config.yaml of its run, or set model.stitch_point; or choose another folder with "
+                "--trainer.default_root_dir and start without --ckpt_path"
+            )
+
     def start(
         self,
         datamodule: LightningDataModule | None,

@@ -239,6 +239,20 @@ def test_checkpoint_of_another_stitch_point_is_refused(config, capsys):
     assert "the checkpoint is of no distillation" in message(capsys)
 
 
+def test_a_checkpoint_with_nothing_that_says_where_is_refused_before_stage_1(config, capsys):
+    path, root = config(trainer={"max_steps": 2})
+    main(["fit", "--config", str(path), "--model.stitch_point=[2,1]"])
+    before = sorted(p.name for p in root.iterdir())
+    words = ["--ckpt_path", "last", "--trainer.max_steps=3", "--model.stitch_point=null"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(path), *words])
+    said = message(capsys)
+    assert exit_.value.code == 1 and f"there is no {root / 'search.json'}" in said
+    assert "--ckpt_path last" in said and "set model.stitch_point" in said
+    left = sorted(p.name for p in root.iterdir() if "tfevents" not in p.name)
+    assert left == [name for name in before if "tfevents" not in name]  # no search.json
+
+
 def test_checkpoint_of_another_reward_is_refused_and_its_value_model_stays(config, capsys):
     path, root = config(trainer={"max_steps": 2})
     main(["fit", "--config", str(path)])
