@@ -85,7 +85,13 @@ class StitchTrainer(Trainer):
                 continue
             print(records_to_text(result.records, rows=("j",), column="i", value=key, digits=4))
             print(f"lowest {criterion} loss: (i, j) = {result.best(criterion)}\n")
-        print(f"wrote {path}; next: stitchvm fit with the same config goes on from here")
+        given = getattr(model, "stitch_point", None)
+        how = (
+            "goes on from here"
+            if given is None
+            else f"stitches at {tuple(given)}, which it names; --model.stitch_point null takes what was found here"
+        )
+        print(f"wrote {path}; next: stitchvm fit with the same config {how}")
 
 
 class RunConfig(SaveConfigCallback):

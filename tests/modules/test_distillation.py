@@ -79,6 +79,7 @@ def test_search_command_then_fit_goes_on_from_it(config, capsys):
     main(["search", "--config", str(path)])
     output = capsys.readouterr().out
     assert "lowest feature loss" in output and "lowest embedding loss" in output
+    assert output.endswith("fit with the same config goes on from here\n")
     before = (root / "search.json").read_text()
     with pytest.raises(SystemExit) as refused:
         main(["search", "--config", str(path)])
@@ -88,6 +89,13 @@ def test_search_command_then_fit_goes_on_from_it(config, capsys):
     capsys.readouterr()
     main(["validate", "--config", str(path), f"--ckpt_path={root / 'checkpoints/last.ckpt'}"])
     assert "val/loss" in capsys.readouterr().out  # at the point of search.json
+
+
+def test_a_search_says_that_a_fit_will_not_take_what_it_found(config, capsys):
+    path, _ = config(stitch_point=[2, 1])
+    main(["search", "--config", str(path)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "stitches at (2, 1), which it names; --model.stitch_point null takes" in last
 
 
 def test_a_search_is_read_by_the_runs_own_criterion(tmp_path):
