@@ -34,6 +34,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from stitchvm.cli_parser import StitchParser, condensed
 from stitchvm.interruption import exit_code
 from stitchvm.modules.checkpoint_io import LeanCheckpointIO, check_checkpoint_file
+from stitchvm.modules.epoch_bar import name_epochs
 from stitchvm.modules.run_folder import check_folder, claimed
 
 # Lightning 2.6 calls parser methods that jsonargparse renames in 5.0; users can do nothing about it
@@ -238,6 +239,7 @@ class StitchCLI(LightningCLI):
             if _ours(error):
                 raise
             raise MisconfigurationException(str(error)) from error
+        name_epochs(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             trainer.strategy.checkpoint_io = LeanCheckpointIO()
         return trainer
