@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -48,14 +48,16 @@ def written(file: Path, sync: bool = False) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def readable(folder: Path) -> None:
-    """Gives the safetensors files below a folder the mode of any new file, for what other libraries have written."""
-    probe = folder / f".{uuid4().hex}"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(mode)
+def readable(*folders: Path) -> None:
+    """Gives the safetensors files in folders the mode of any new file, for what other libraries have written there."""
+    for folder in folders:
+        probe = folder / f".{uuid4().hex}"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        for file in folder.glob("*.safetensors"):
+            with suppress(PermissionError):  # somebody else's, beside them
+                file.chmod(mode)
 
 
 def _reason(part: Path, error: Exception) -> int | None:

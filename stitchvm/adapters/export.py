@@ -94,7 +94,7 @@ def export_lora(
     )
     text = lora_card(policy, base_model, pipeline, name, call=call) if card is None else card
     (folder / CARD).write_text(text)
-    readable(folder)
+    readable(folder, peft)
     return folder
 
 

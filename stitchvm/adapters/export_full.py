@@ -59,7 +59,7 @@ def export_transformer(
     plain.load_state_dict({k: v.cpu() for k, v in state.items()}, strict=True, assign=True)
     plain.save_pretrained(target)
     (folder / CARD).write_text(transformer_card(base_model, pipeline, kind.__name__, name, call))
-    readable(folder)
+    readable(target)
     return folder
 
 

@@ -59,7 +59,7 @@ class StitchDistillation(LeanCheckpoint):
         betas: AdamW's moment decays.
         warmup_steps: Steps of linear warm-up from 0.
         decay: What follows: "none" (the paper's constant rate) or "linear" to 0 at the end of training.
-        fused: Whether to use the fused AdamW kernel, as the paper does; None is torch's choice, which is another.
+        fused: Whether to use the fused AdamW kernel, as the paper does; None leaves it to torch, which does not.
         compile: Whether, or with which backend of `torch.compile`, VAE, teacher, backbone and tail are compiled.
         search_js: The reward blocks j of stage 1.
         search_criterion: "feature" (the paper's) or "embedding".
@@ -258,7 +258,7 @@ class StitchDistillation(LeanCheckpoint):
         optimizer = torch.optim.AdamW(
             groups, betas=self.betas, weight_decay=self.weight_decay, fused=self.fused
         )
-        schedule = rates(self.trainer, optimizer, self.warmup_steps, self.decay)
+        schedule = rates(self._trainer, optimizer, self.warmup_steps, self.decay)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},

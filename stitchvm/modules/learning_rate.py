@@ -23,10 +23,20 @@ def check_decay(trainer: Trainer, decay: str) -> None:
 
 
 def rates(
-    trainer: Trainer, optimizer: torch.optim.Optimizer, warmup_steps: int, decay: str
+    trainer: Trainer | None, optimizer: torch.optim.Optimizer, warmup_steps: int, decay: str
 ) -> LambdaLR:
-    """Returns the schedule min(1, (s + 1)/warm-up), times 1 − s/total if `decay` is "linear", of steps s."""
-    total = float(trainer.estimated_stepping_batches) if decay == "linear" else math.inf
+    """Returns the schedule min(1, (s + 1)/warm-up), times 1 − s/total if `decay` is "linear", of steps s.
+
+    Arguments:
+        trainer: Tells the total; may be None if it is not needed.
+        optimizer: The optimiser.
+        warmup_steps: The steps of the warm-up.
+        decay: One of `DECAYS`.
+    """
+    total = math.inf
+    if decay == "linear":
+        assert trainer is not None
+        total = float(trainer.estimated_stepping_batches)
 
     def rate(step: int) -> float:
         left = 1.0 if math.isinf(total) else max(0.0, 1 - step / max(1.0, total))

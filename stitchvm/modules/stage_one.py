@@ -213,7 +213,7 @@ class StageOne:
 
 
 def settle_latents(backbone: Backbone, vae: VAE) -> None:
-    """Raises ValueError if the VAE scales latents in another way than the backbone's; tells one that has none."""
+    """Raises ValueError if the VAE is another than the backbone's; a backbone that knows of none takes note of it."""
     there, here = scaling_of(backbone), (vae.scale, vae.shift)
     if there is None and isinstance(backbone, LatentBackbone):
         backbone.read_latents_of(*here)
