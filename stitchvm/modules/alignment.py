@@ -67,8 +67,9 @@ from stitchvm.modules.alignment_log import log_evaluation, report
 from stitchvm.modules.alignment_parts import AlignmentParts, prompts_of
 from stitchvm.modules.alignment_state import export_policy, load_alignment, save_alignment
 from stitchvm.modules.checkpoint import LeanCheckpoint
-from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
+from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm
 from stitchvm.modules.held_out import Evaluation
+from stitchvm.modules.learning_rate import rates
 from stitchvm.modules.meter import out_of_memory_says
 from stitchvm.modules.rows import Rows
 from stitchvm.modules.sharding import sharded_mark
@@ -310,7 +311,7 @@ class Alignment(LeanCheckpoint):
         optimizer = torch.optim.AdamW(
             list(self.trained), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
         )
-        return {"optimizer": optimizer, "lr_scheduler": warm_up(optimizer, self.warmup_steps)}
+        return {"optimizer": optimizer, "lr_scheduler": rates(optimizer, self.warmup_steps)}
 
     def on_fit_start(self) -> None:
         """Encodes prompts of other data than the networks were built for."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from stitchvm.adapters.policy import full_tensor
 from stitchvm.modules.ranks import world_size
 
-__all__ = ["average_gradients", "clip_gradients", "gradient_norm", "warm_up"]
+__all__ = ["average_gradients", "clip_gradients", "gradient_norm"]
 
 AT_ONCE = 2**27  # half a gigabyte; all of LoRA's are less
 
@@ -58,13 +58,6 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
     """Scales gradients of norm `norm` down to `limit`, if they are longer."""
     nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-
-
-def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Returns a schedule that rises linearly over some steps, from 1/steps, and stays."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / max(1, steps))
-    )
 
 
 def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The learning rate of a distillation: a linear warm-up, and what follows it."""
+"""The learning rate: a linear warm-up, and what follows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["DECAYS", "check_decay", "rates"]
+__all__ = ["DECAYS", "check_decay", "rates", "total_steps"]
 
 DECAYS = ("none", "linear")
 
@@ -22,24 +22,26 @@ def check_decay(trainer: Trainer, decay: str) -> None:
         )
 
 
+def total_steps(trainer: Trainer | None, decay: str) -> float:
+    """Returns the optimiser steps over which a rate falls to 0; infinity, which needs no trainer, if it does not."""
+    if decay == "none":
+        return math.inf
+    assert trainer is not None
+    return float(trainer.estimated_stepping_batches)
+
+
 def rates(
-    trainer: Trainer | None, optimizer: torch.optim.Optimizer, warmup_steps: int, decay: str
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total: float = math.inf
 ) -> LambdaLR:
-    """Returns the schedule min(1, (s + 1)/warm-up), times 1 − s/total if `decay` is "linear", of steps s.
+    """Returns the schedule min(1, (s + 1)/warm-up)·max(0, 1 − s/total) of steps s.
 
     Arguments:
-        trainer: Tells the total; may be None if it is not needed.
         optimizer: The optimiser.
         warmup_steps: The steps of the warm-up.
-        decay: One of `DECAYS`.
+        total: The steps after which the rate is 0.
     """
-    total = math.inf
-    if decay == "linear":
-        assert trainer is not None
-        total = float(trainer.estimated_stepping_batches)
 
     def rate(step: int) -> float:
-        left = 1.0 if math.isinf(total) else max(0.0, 1 - step / max(1.0, total))
-        return min(1.0, (step + 1) / max(1, warmup_steps)) * left
+        return min(1.0, (step + 1) / max(1, warmup_steps)) * max(0.0, 1 - step / max(1.0, total))
 
     return LambdaLR(optimizer, rate)

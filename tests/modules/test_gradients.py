@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from stitchvm.modules import gradients, ranks
-from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm, warm_up
+from stitchvm.modules.gradients import average_gradients, clip_gradients, gradient_norm
+from stitchvm.modules.learning_rate import rates
 
 
 def weights(*each: list[float] | None) -> list[nn.Parameter]:
@@ -37,13 +38,13 @@ def test_norm_and_limit():
 
 def test_warm_up_rises_linearly_and_stays():
     optimizer = torch.optim.SGD(weights([0.0]), lr=2.0)
-    schedule = warm_up(optimizer, 4)
-    rates = []
+    schedule = rates(optimizer, 4)
+    found = []
     for _ in range(6):
-        rates.append(optimizer.param_groups[0]["lr"])
+        found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert found == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
 def test_one_process_is_left_as_it_is():
