@@ -21,7 +21,7 @@ from stitchvm.backbones.base import Backbone
 from stitchvm.compilation import compile_forward, require_compiler
 from stitchvm.data.module import DataModule
 from stitchvm.modules.checkpoint import LeanCheckpoint
-from stitchvm.modules.learning_rate import DECAYS, check_decay, rates
+from stitchvm.modules.learning_rate import DECAYS, check_decay, rates, total_steps
 from stitchvm.modules.sharding import full_state, shard_value_model
 from stitchvm.modules.stage_one import SEARCH_FILE, ClosedFormStart, StageOne, textless
 from stitchvm.modules.throughput import ImagesPerSecond
@@ -258,7 +258,7 @@ class StitchDistillation(LeanCheckpoint):
         optimizer = torch.optim.AdamW(
             groups, betas=self.betas, weight_decay=self.weight_decay, fused=self.fused
         )
-        schedule = rates(self._trainer, optimizer, self.warmup_steps, self.decay)
+        schedule = rates(optimizer, self.warmup_steps, total_steps(self._trainer, self.decay))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
