@@ -162,6 +162,7 @@ class StageOne:
         found = folder / SEARCH_FILE
         if stitch_point is None and found.is_file():
             stitch_point = self.read(found)
+            _check_networks(found, config)
             rank_zero_info(f"stitch point (i, j) = {stitch_point} from {found}")
         if stitch_point is None:
             rank_zero_info("no stitch point given: stage 1 measures all of them")
@@ -236,6 +237,31 @@ def _with_images(datamodule: LightningDataModule | None) -> DataModule:
 def _probe_pixels(datamodule: DataModule, num_images: int) -> Iterator[Tensor]:
     for batch in datamodule.probe_dataloader(num_images):
         yield batch["pixels"]
+
+
+def _check_networks(path: Path, config: Any) -> None:
+    """Raises ValueError if a search.json is of another backbone or reward than a run's configuration names."""
+    measured = json.loads(path.read_text()).get("config")
+    for part in ("backbone", "reward"):
+        there, here = _named(measured, part), _named(config, part)
+        if there is not None and here is not None and there != here:
+            raise ValueError(
+                f"{path} was measured for the {part} {' '.join(there)}, this run has {' '.join(here)}: choose another "
+                "folder with --trainer.default_root_dir, move the file away to search again, or set model.stitch_point"
+            )
+
+
+def _named(config: Any, part: str) -> list[str] | None:
+    """Returns the class and the weights that a run's configuration names for a network; None if it does not."""
+    try:
+        network = config["model"]["init_args"][part]
+        names = network["init_args"]
+        return [
+            network["class_path"],
+            *(str(names[key]) for key in ("path", "model") if key in names),
+        ]
+    except (KeyError, TypeError):
+        return None
 
 
 def read_stitch_point(

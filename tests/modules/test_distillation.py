@@ -91,6 +91,23 @@ def test_search_command_then_fit_goes_on_from_it(config, capsys):
     assert "val/loss" in capsys.readouterr().out  # at the point of search.json
 
 
+@pytest.mark.parametrize(("part", "key"), [("reward", "model"), ("backbone", "path")])
+def test_a_search_of_another_network_is_not_taken(config, capsys, part, key):
+    path, root = config(stitch_point=None, trainer={"max_steps": 2})
+    main(["search", "--config", str(path)])
+    found = root / "search.json"
+    content = json.loads(found.read_text())
+    content["config"]["model"]["init_args"][part]["init_args"][key] = "another"
+    found.write_text(json.dumps(content))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(path)])
+    said = message(capsys)
+    assert exit_.value.code == 1 and f"{found} was measured for the {part}" in said
+    assert "another, this run has" in said and "set model.stitch_point" in said
+    assert not (root / "checkpoints").exists()
+
+
 def test_a_search_says_that_a_fit_will_not_take_what_it_found(config, capsys):
     path, _ = config(stitch_point=[2, 1])
     main(["search", "--config", str(path)])
