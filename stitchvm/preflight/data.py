@@ -101,7 +101,13 @@ def check_prompts(part: str, path: str, key: str = "prompt") -> Finding:
         found = read_entries(path, key, unique=False)
     except ValueError as error:
         return Finding(part, path, "wrong", str(error), "mend the file")
-    return Finding(part, f"{path} ({len(found)} prompts)", "ok")
+    different = len(
+        {entry.prompt for entry in found}
+    )  # as many as a run takes of them, by default
+    count = f"{len(found)} prompts" + (
+        f", {different} different" if different < len(found) else ""
+    )
+    return Finding(part, f"{path} ({count})", "ok")
 
 
 def _has_image(folder: Path) -> bool:

@@ -147,7 +147,9 @@ def test_prompts(tmp_path):
     assert check_prompts("data.path", str(path)).state == "missing"
     path.write_text("a cat\na dog\n")
     finding = check_prompts("data.path", str(path))
-    assert finding.state == "ok" and "2 prompts" in finding.what
+    assert finding.state == "ok" and finding.what.endswith("(2 prompts)")
+    path.write_text("a cat\na dog\n\na cat\n")  # a run samples two
+    assert check_prompts("data.path", str(path)).what.endswith("(3 prompts, 2 different)")
     broken = tmp_path / "prompts.jsonl"
     broken.write_text('{"prompt": "a cat"}\n{"text": "a dog"}\n')
     finding = check_prompts("data.path", str(broken))
