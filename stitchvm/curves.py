@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("curves.png"), help="the picture's file"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="draw over what an earlier command has left there"
+    )
     parser.add_argument("--title", help="a line above the panels")
     return parser
 
@@ -81,6 +84,12 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from stitchvm.training_curves import summaries, training_curves
     from stitchvm.training_logs import read_curve, read_scalars
 
+    path = args.output.with_suffix(".json")
+    there = [str(file) for file in (args.output, path) if file.exists()]
+    if there and not args.overwrite:
+        raise FileExistsError(
+            f"{' and '.join(there)} would be written over: give another --output, or --overwrite"
+        )
     logs = {name: {run: read_scalars(run) for run in runs} for name, runs in _named(args.methods)}
     metrics = args.metric or _scores(
         [scalars for runs in logs.values() for scalars in runs.values()]
@@ -101,7 +110,6 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
     levels = {record["metric"]: record["level"] for record in found}
     picture = training_curves(points, args.output, x=args.x, levels=levels, title=args.title)
     folders = {name: [_shown(run) for run in each] for name, each in logs.items()}
-    path = args.output.with_suffix(".json")
     write_results(path, [*found, *points], extra={"runs": folders}, overwrite=True)
     _print(found, args.x, records_to_text)
     print(f"wrote {path}, {picture}")

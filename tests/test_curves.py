@@ -44,6 +44,16 @@ def test_picture_results_and_table(two, tmp_path, capsys, monkeypatch):
     command(["curves", *argv, "--output", str(output)])
     out = capsys.readouterr().out
     assert output.stat().st_size > 5000
+    before = output.with_suffix(".json").read_bytes()
+    other = ["curves", *argv[:2], "--x", "samples", "--output", str(output)]
+    with pytest.raises(SystemExit) as exit_:
+        command(other)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and f"{output} and " in said and "--overwrite" in said
+    assert output.with_suffix(".json").read_bytes() == before
+    command([*other, "--overwrite"])
+    assert output.with_suffix(".json").read_bytes() != before
+    command(["curves", *argv, "--output", str(output), "--overwrite"])
     results = read_results(output.with_suffix(".json"))
     assert results["runs"] == {"slow": ["slow"], "fast": ["fast0", "fast1", "fast2"]}
     assert str(tmp_path) not in output.with_suffix(".json").read_text()

@@ -60,8 +60,8 @@ def report(module: Sampling, lines: Sequence[Line]) -> list[dict[str, Any]]:
     )
     seconds, memory = records[0]["seconds"], records[0]["peak_memory_gib"]
     print(
-        f"{method}{f' with the {estimator} value' if estimator else ''}: {len(lines)} samples, {seconds:.3g} s each; "
-        f"{memory:.2f} GiB, {lines[-1]['peak_memory_of']}"
+        f"{method}{f' with the {estimator} value' if estimator else ''}: {len(lines)} "
+        f"sample{'s' * (len(lines) > 1)}, {seconds:.3g} s each; {memory:.2f} GiB, {lines[-1]['peak_memory_of']}"
     )
     print(f"wrote {folder / 'samples.jsonl'}, {path}, {', '.join(written)}")
     return records
