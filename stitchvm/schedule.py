@@ -18,8 +18,8 @@ the resolution, s = e^μ with μ linear in the number of image tokens:
 `sigma_grid(28, shift=math.exp(resolution_mu(4096)), kind="flux")`, where "flux" is "single" in the
 rounding of diffusers' own formula (they differ by 2e-7 at most).
 
-σ_0 is 1 exactly. diffusers' is 1.0000001 for the shift 1.32 and .99999994 for 1.43, as one of
-twelve shifts with two digits has it: no noise level the one, t/(1 − t) = 1.7e7 the other.
+σ_0 is 1 exactly. diffusers' is 1.0000001 for the shift 1.32 and .99999994 for 1.43: no noise
+level the one, t/(1 − t) = 1.7e7 the other.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -190,8 +189,6 @@ def latent_scaling(path: str) -> tuple[float, float] | None:
     Arguments:
         path: A pipeline folder, a hub id, or "world:sd3".
     """
-    if not (set("/:") & set(path) or Path(path).exists()):  # "latent": the hub need not be asked
-        return None
     try:
         file = resolve(path, allow_patterns=["vae/config.json"]) / "vae" / "config.json"
         config = json.loads(file.read_text())
@@ -202,5 +199,7 @@ def latent_scaling(path: str) -> tuple[float, float] | None:
 
 def scaling_of(backbone: Any) -> tuple[float, float] | None:
     """Returns scale and shift of the latents that a backbone reads; None if that cannot be told."""
-    own: tuple[float, float] | None = getattr(backbone, "scaling", None)
-    return latent_scaling(backbone.id) if own is None else own
+    if hasattr(backbone, "scaling"):  # of the VAE stitch, which has no pipeline to look into
+        own: tuple[float, float] | None = backbone.scaling
+        return own
+    return latent_scaling(backbone.id)

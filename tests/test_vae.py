@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from stitchvm.vae import VAE, latent_scaling
+from stitchvm.backbones.latent import LatentBackbone
+from stitchvm.vae import VAE, latent_scaling, scaling_of
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,8 @@ def test_latent_scaling_is_that_of_the_configuration(
     assert latent_scaling(str(tiny_sd3 / "transformer")) is None
     assert latent_scaling("nobody/nothing") is None
     monkeypatch.setattr("stitchvm.vae.resolve", lambda *_, **__: pytest.fail("asked the hub"))
-    assert latent_scaling("latent") is None
+    assert scaling_of(LatentBackbone()) is None
+    assert scaling_of(LatentBackbone(scale=1.5, shift=0.1)) == (1.5, 0.1)
 
 
 def test_around_an_autoencoder_in_memory(vae: VAE, tiny_sd3: Path) -> None:

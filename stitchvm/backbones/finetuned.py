@@ -124,7 +124,7 @@ def lora_problem(
 
 
 def _add_lora(transformer: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> None:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     file = folder / LORA
     if not file.is_file():
@@ -132,8 +132,12 @@ def _add_lora(transformer: nn.Module, folder: Path, name: str, dtype: torch.dtyp
             f"'{name}' has neither {LORA} nor {CONFIG}: give the folder lora/ or full/ that a fine-tuning left in "
             "its run folder"
         )
-    with safe_open(file, framework="pt") as weights:
-        found = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as weights:
+            keys = list(weights.keys())
+            found = {key: weights.get_slice(key).get_shape() for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from error
     own = {key: tuple(p.shape) for key, p in transformer.named_parameters()}
     problem = lora_problem(found, own)
     if problem is not None:

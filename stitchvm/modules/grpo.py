@@ -9,7 +9,7 @@ r"""Flow-GRPO and Flow-GRPO-Fast: policy gradients over the stochastic steps of 
 ranks; `window` = null is plain Flow-GRPO, all steps but the last. At an update's first optimiser step θ is the policy
 that has sampled, and ρ is exactly 1: roll-out and loss run the same micro-batches. So with `inner_steps` = 1 nothing is
 ever clipped. That is so for a generator that is not compiled: a compiled one rounds otherwise with gradients than
-without, in bfloat16 by as much as a `ratio_clip` of 1e-5 allows.
+without, which a narrow `ratio_clip` notices.
 
 With `stop` the roll-out ends at z_τ and V is a value that is defined there: the policy gradient of a value function.
 """

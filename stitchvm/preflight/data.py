@@ -101,12 +101,9 @@ def check_prompts(part: str, path: str, key: str = "prompt") -> Finding:
         found = read_entries(path, key, unique=False)
     except ValueError as error:
         return Finding(part, path, "wrong", str(error), "mend the file")
-    different = len(
-        {entry.prompt for entry in found}
-    )  # as many as a run takes of them, by default
-    count = f"{len(found)} prompts" + (
-        f", {different} different" if different < len(found) else ""
-    )
+    count, different = f"{len(found)} prompts", len({entry.prompt for entry in found})
+    if different < len(found):  # by default a run takes each once
+        count += f", {different} different"
     return Finding(part, f"{path} ({count})", "ok")
 
 

@@ -65,10 +65,8 @@ def _scheduler_class() -> type:
             if self.step_index is None:
                 self._init_step_index(timestep)
             if self.levels is None or self.levels[0] is not self.sigmas:
-                self.levels = (
-                    self.sigmas,
-                    check_levels(self.sigmas),
-                )  # once a run: a GPU is waited for
+                # once a run, since a GPU is waited for
+                self.levels = self.sigmas, check_levels(self.sigmas)
             k, sigmas = self._step_index, self.levels[1]
             z = self.kernel.mean(sample.float(), model_output, k, sigmas)
             std, own = self.kernel.std(k, sigmas), kwargs.get("generator")

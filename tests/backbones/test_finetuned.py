@@ -145,6 +145,8 @@ def test_what_is_not_for_it(tiny_sd3: Path, tiny_flux: Path, tmp_path: Path) -> 
     }.items():
         (tmp_path / name).mkdir()
         save_file(weights, tmp_path / name / LORA)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / LORA).write_bytes((tmp_path / "sd3" / LORA).read_bytes()[:-8])
     for name, error, message in (
         ("flux", ValueError, "another model: the transformer has no 'single_transformer_blocks"),
         ("flux-full", ValueError, "holds a FluxTransformer2DModel, but the pipeline has a SD3"),
@@ -164,6 +166,7 @@ def test_what_is_not_for_it(tiny_sd3: Path, tiny_flux: Path, tmp_path: Path) -> 
         ("flat", ValueError, r"another model: '.*' has shape \(3,\), for weights of"),
         ("rank", ValueError, "damaged: '.*A.weight' has rank 7, its B 32"),
         ("no-a", ValueError, "not whole: 'transformer.*B.weight' has no A"),
+        ("cut", ValueError, "is damaged or no safetensors file"),
         ("nowhere", FileNotFoundError, "no such file or folder"),
         (".", FileNotFoundError, "neither pytorch_lora_weights.safetensors nor transformer/"),
     ):
